@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a device has done, for `COUNTERS`.
+
+#![forbid(unsafe_code)]
+
+use crate::uapi::hmm_gpu_counters;
+use kernel::sync::atomic::{Atomic, Relaxed};
+
+/// A number that only grows.
+pub(crate) struct Counter(Atomic<u64>);
+
+impl Counter {
+    const fn new() -> Self {
+        Self(Atomic::new(0))
+    }
+
+    /// Adds `n`.
+    pub(crate) fn add(&self, n: usize) {
+        // CAST: Widens.
+        self.0.add(n as u64, Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// The counters of a device. `hmm_gpu_counters` says what each counts.
+pub(crate) struct Counters {
+    pub(crate) allocated: Counter,
+    pub(crate) freed: Counter,
+    pub(crate) to_device: Counter,
+    pub(crate) populated: Counter,
+    pub(crate) to_system: Counter,
+    pub(crate) fault_back: Counter,
+    pub(crate) evicted: Counter,
+    pub(crate) cpu_faults: Counter,
+    pub(crate) cpu_fault_retries: Counter,
+    pub(crate) refused: Counter,
+    pub(crate) vram_failures: Counter,
+    pub(crate) system_failures: Counter,
+}
+
+impl Counters {
+    /// All zero.
+    pub(crate) const fn new() -> Self {
+        Self {
+            allocated: Counter::new(),
+            freed: Counter::new(),
+            to_device: Counter::new(),
+            populated: Counter::new(),
+            to_system: Counter::new(),
+            fault_back: Counter::new(),
+            evicted: Counter::new(),
+            cpu_faults: Counter::new(),
+            cpu_fault_retries: Counter::new(),
+            refused: Counter::new(),
+            vram_failures: Counter::new(),
+            system_failures: Counter::new(),
+        }
+    }
+
+    /// Their values now, with `live` pages of VRAM in use.
+    pub(crate) fn read(&self, live: usize) -> hmm_gpu_counters {
+        hmm_gpu_counters {
+            flags: 0,
+            // CAST: Widens.
+            live_pages: live as u64,
+            allocated_pages: self.allocated.get(),
+            freed_pages: self.freed.get(),
+            to_device_pages: self.to_device.get(),
+            populated_pages: self.populated.get(),
+            to_system_pages: self.to_system.get(),
+            fault_back_pages: self.fault_back.get(),
+            evicted_pages: self.evicted.get(),
+            cpu_faults: self.cpu_faults.get(),
+            cpu_fault_retries: self.cpu_fault_retries.get(),
+            refused_pages: self.refused.get(),
+            vram_failures: self.vram_failures.get(),
+            system_failures: self.system_failures.get(),
+            reserved: [0; 6],
+        }
+    }
+}

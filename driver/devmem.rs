@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Device memory: the device-private pages that stand for a device's VRAM. Page `i` of the page map is page `i` of the VRAM.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    alloc::{Allocator, BLOCK_BYTES},
+    counters::Counters,
+    hmm::{
+        migrate::{Collected, Entries, Fault, FaultOutcome},
+        pagemap::{Form, Ops, Owner, PageMap},
+        PAGE_BYTES,
+    },
+    migration::{move_to_system, Cause, Scratch},
+    uapi,
+    vram::Vram,
+};
+use kernel::{
+    prelude::*,
+    time::{delay::fsleep, Delta},
+};
+
+/// One owner for all page maps of the module: so a client of one device sees pages on another without moving them.
+static OWNER: Owner<DeviceMemory> = Owner::new();
+
+/// What a device is, for those who ask.
+#[derive(Clone, Copy)]
+pub(crate) struct Identity {
+    /// The N of `/dev/hmm_gpuN`.
+    pub(crate) unit: u32,
+    /// Domain, and bus << 8 | device << 3 | function.
+    pub(crate) pci: (u32, u32),
+    /// Where its pages' addresses come from.
+    pub(crate) form: Form,
+}
+
+/// The memory of one device.
+#[pin_data]
+pub(crate) struct DeviceMemory {
+    pub(crate) identity: Identity,
+    pub(crate) vram: Vram,
+    #[pin]
+    pub(crate) alloc: Allocator,
+    pub(crate) counters: Counters,
+}
+
+impl DeviceMemory {
+    /// For the first `bytes` of `vram`, a multiple of [`BLOCK_BYTES`].
+    pub(crate) fn new(identity: Identity, vram: Vram, alloc: impl PinInit<Allocator, Error>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            identity,
+            vram,
+            alloc <- alloc,
+            counters: Counters::new(),
+        })
+    }
+
+    /// Takes VRAM for as many folios of `1 << order` pages as `indices` has room for, and returns how many there were.
+    pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
+        let got = self.alloc.take(order, indices);
+        self.counters.allocated.add(got << order);
+        got
+    }
+
+    /// Gives VRAM back.
+    pub(crate) fn give_back(&self, index: usize, order: u32) {
+        self.counters.freed.add(1 << order);
+        self.alloc.give_back(index, order);
+    }
+
+    /// The answer to `QUERY`.
+    pub(crate) fn describe(&self) -> uapi::hmm_gpu_query {
+        let bytes = |pages: usize| (pages * PAGE_BYTES) as u64;
+        uapi::hmm_gpu_query {
+            flags: 0,
+            version: uapi::HMM_GPU_VERSION,
+            capabilities: uapi::HMM_GPU_CAP_MIGRATE
+                | uapi::HMM_GPU_CAP_RESIDENCY
+                | uapi::HMM_GPU_CAP_COUNTERS
+                | uapi::HMM_GPU_CAP_FAULT_BACK,
+            unit: self.identity.unit,
+            source: match self.vram {
+                Vram::Pci(_) => uapi::HMM_GPU_SOURCE_PCI,
+                Vram::Soft(_) => uapi::HMM_GPU_SOURCE_SOFT,
+            },
+            form: match self.identity.form {
+                Form::Add => uapi::HMM_GPU_FORM_ADD,
+                Form::AddResource { .. } => uapi::HMM_GPU_FORM_ADD_RESOURCE,
+            },
+            pci_domain: self.identity.pci.0,
+            pci_bdf: self.identity.pci.1,
+            // CAST: 2 MiB.
+            block_bytes: BLOCK_BYTES as u32,
+            vram_bytes: bytes(self.alloc.pages()),
+            vram_free_bytes: bytes(self.alloc.pages() - self.alloc.used()),
+            reserved: [0; 5],
+        }
+    }
+}
+
+impl Ops for DeviceMemory {
+    fn owner() -> &'static Owner<Self> {
+        &OWNER
+    }
+
+    fn folio_free(map: &PageMap<Self>, index: usize, order: u32) {
+        // Not zeroed here, under page table locks: what goes into the page next either overwrites all of it or zeroes it.
+        map.data().give_back(index, order);
+    }
+
+    fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome {
+        let counters = &map.data().counters;
+        counters.cpu_faults.add(1);
+        let (mut src, mut dst) = ([0], [0]);
+        let Ok(collected) = fault.collect(Entries::new(&mut src, &mut dst)) else {
+            // The kernel says this of a mapping that could not have had the page in the first place.
+            return FaultOutcome::Lost;
+        };
+        let outcome = move_to_system(collected, Cause::Fault);
+        if outcome.without_memory.is_some() {
+            return FaultOutcome::NoMemory;
+        }
+        if outcome.moved == 0 {
+            counters.cpu_fault_retries.add(1);
+        }
+        FaultOutcome::Retry
+    }
+
+    fn evict_all(map: &PageMap<Self>) {
+        const PAUSE_MS: i64 = 10;
+        const REPORT_MS: i64 = 10_000;
+
+        let mut waited = 0;
+        while map.live_folios(0).next().is_some() {
+            let mut moved = 0;
+            if let Ok(mut scratch) = Scratch::new() {
+                let mut from = 0;
+                while map.live_folios(from).next().is_some() {
+                    let (collected, next) = Collected::live(map, from, scratch.entries());
+                    moved += move_to_system(collected, Cause::Evict).moved;
+                    from = next;
+                }
+            }
+            if moved == 0 {
+                // Somebody holds the pages for a moment (a fault, a fork, another migration), or there is no memory.
+                fsleep(Delta::from_millis(PAUSE_MS));
+                waited += PAUSE_MS;
+                if waited % REPORT_MS == 0 {
+                    pr_warn!(
+                        "hmm_gpu{}: {} pages still in VRAM after {} s of trying to move them out\n",
+                        map.data().identity.unit,
+                        map.data().alloc.used(),
+                        waited / 1000
+                    );
+                }
+            }
+        }
+    }
+}

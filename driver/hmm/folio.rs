@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Folios that a migration reads from and moves into.
+//!
+//! C header: `include/linux/mm_types.h`, `include/linux/memremap.h`.
+
+use crate::{
+    hmm::pagemap::{Ops, PageMap},
+    sys::bindings,
+};
+use core::{marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
+use kernel::prelude::*;
+
+/// The folio that page `pfn` is in.
+///
+/// # Safety
+///
+/// The page is referenced.
+unsafe fn folio_of(pfn: usize) -> *mut bindings::folio {
+    // SAFETY: The page is referenced, by the safety requirements, so it has a `struct page` and its folio does not change.
+    unsafe { bindings::hmm_gpu_page_folio(bindings::hmm_gpu_pfn_to_page(pfn)) }
+}
+
+/// A folio that is locked and has one reference, both of which belong to this value.
+///
+/// # Invariants
+///
+/// `folio` is valid, locked by this value, and one of its references is this value's.
+pub(crate) struct LockedFolio {
+    folio: NonNull<bindings::folio>,
+}
+
+impl LockedFolio {
+    /// # Safety
+    ///
+    /// The folio is locked, and the lock and one reference pass to the value returned.
+    unsafe fn from_raw(folio: NonNull<bindings::folio>) -> Self {
+        // INVARIANT: By the safety requirements.
+        Self { folio }
+    }
+
+    /// Takes back what [`LockedFolio::into_pfn`] gave away.
+    ///
+    /// # Safety
+    ///
+    /// `pfn` came from `into_pfn`, and nobody has taken it back or given it to the kernel's migration since.
+    pub(super) unsafe fn from_pfn(pfn: usize) -> Self {
+        // SAFETY: The folio is still locked and referenced on behalf of the value that `into_pfn` consumed. `page_folio` of a
+        // valid page is not null.
+        unsafe { Self::from_raw(NonNull::new_unchecked(folio_of(pfn))) }
+    }
+
+    /// The first page frame number of the folio. The lock and the reference pass to the caller.
+    pub(super) fn into_pfn(self) -> usize {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: The folio is valid by the type invariants.
+        unsafe { bindings::hmm_gpu_folio_pfn(this.folio.as_ptr()) }
+    }
+
+    /// log2 of the number of pages.
+    pub(super) fn order(&self) -> u32 {
+        // SAFETY: The folio is valid by the type invariants.
+        unsafe { bindings::hmm_gpu_folio_order(self.folio.as_ptr()) }
+    }
+}
+
+impl Drop for LockedFolio {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the lock and the reference are ours to give up, and this is the only place that does.
+        unsafe {
+            bindings::hmm_gpu_folio_unlock(self.folio.as_ptr());
+            bindings::hmm_gpu_folio_put(self.folio.as_ptr());
+        }
+    }
+}
+
+/// A new folio of system memory, for a page to move into. Its content is undefined until written.
+///
+/// # Invariants
+///
+/// The folio is of system memory with a direct mapping, and nothing maps it or knows it but this value.
+pub(crate) struct SystemFolio(LockedFolio);
+
+impl SystemFolio {
+    /// Allocates `1 << order` pages (`folio_alloc`, `GFP_HIGHUSER_MOVABLE`). May sleep and reclaim.
+    ///
+    /// Fails with `ENOMEM`.
+    pub(crate) fn new(order: u32) -> Result<Self> {
+        // SAFETY: Always fine to call where sleeping is.
+        let folio = NonNull::new(unsafe { bindings::hmm_gpu_folio_alloc(order) }).ok_or(ENOMEM)?;
+        // SAFETY: The folio is ours alone, so locking it waits for nobody for long; the reference is the one it was made with.
+        let locked = unsafe {
+            bindings::hmm_gpu_folio_lock(folio.as_ptr());
+            LockedFolio::from_raw(folio)
+        };
+        // INVARIANT: x86-64 maps all system memory directly; the folio was just made.
+        Ok(Self(locked))
+    }
+
+    /// Where the CPU reaches the folio's bytes: `4096 << order` of them, all this value's own.
+    pub(crate) fn as_mut_ptr(&mut self) -> NonNull<u8> {
+        // SAFETY: The folio is valid and directly mapped by the type invariants.
+        let address = unsafe { bindings::hmm_gpu_pfn_address(bindings::hmm_gpu_folio_pfn(self.0.folio.as_ptr())) };
+        // SAFETY: The direct mapping of a valid page is not at address zero.
+        unsafe { NonNull::new_unchecked(address.cast()) }
+    }
+
+    /// Bytes that the folio has.
+    pub(crate) fn len(&self) -> usize {
+        super::PAGE_BYTES << self.0.order()
+    }
+}
+
+/// A device folio that is in nobody's page table yet, for a page to move into.
+///
+/// The VRAM behind it is the caller's to fill, wholly, before the folio is given to a migration.
+pub(crate) struct DeviceFolio<'a, T: Ops> {
+    folio: LockedFolio,
+    index: usize,
+    map: PhantomData<&'a PageMap<T>>,
+}
+
+impl<'a, T: Ops> DeviceFolio<'a, T> {
+    /// # Safety
+    ///
+    /// `folio` was just initialised by `zone_device_folio_init` as page `index` of `map` and belongs to the caller.
+    pub(super) unsafe fn from_init(_map: &'a PageMap<T>, index: usize, folio: NonNull<bindings::folio>) -> Self {
+        // SAFETY: `zone_device_folio_init` leaves the folio locked, with one reference, which are the caller's to pass on.
+        let folio = unsafe { LockedFolio::from_raw(folio) };
+        Self {
+            folio,
+            index,
+            map: PhantomData,
+        }
+    }
+
+    /// The first page of the folio, counted in pages from the start of the device's memory.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+}
+
+/// A folio that a page can move into.
+pub(crate) trait Destination: Into<LockedFolio> {}
+
+impl From<SystemFolio> for LockedFolio {
+    fn from(folio: SystemFolio) -> Self {
+        folio.0
+    }
+}
+
+impl<T: Ops> From<DeviceFolio<'_, T>> for LockedFolio {
+    fn from(folio: DeviceFolio<'_, T>) -> Self {
+        folio.folio
+    }
+}
+
+impl Destination for SystemFolio {}
+impl<T: Ops> Destination for DeviceFolio<'_, T> {}
+
+/// A folio of system memory that a migration has locked and unmapped: its bytes do not change.
+///
+/// # Invariants
+///
+/// `pfn` is the first page of a locked, unmapped folio of directly mapped system memory for the life of `'a`.
+pub(crate) struct SourceFolio<'a> {
+    pfn: usize,
+    order: u32,
+    life: PhantomData<&'a ()>,
+}
+
+impl SourceFolio<'_> {
+    /// # Safety
+    ///
+    /// As the type invariants say, for the lifetime that the caller picks.
+    pub(super) unsafe fn from_pfn(pfn: usize, order: u32) -> Self {
+        // INVARIANT: By the safety requirements.
+        Self {
+            pfn,
+            order,
+            life: PhantomData,
+        }
+    }
+
+    /// Where the CPU reads the folio's bytes: `4096 << order` of them.
+    pub(crate) fn as_ptr(&self) -> NonNull<u8> {
+        // SAFETY: The page is valid and directly mapped by the type invariants, and no such mapping is at address zero.
+        unsafe { NonNull::new_unchecked(bindings::hmm_gpu_pfn_address(self.pfn).cast()) }
+    }
+
+    /// Bytes that the folio has.
+    pub(crate) fn len(&self) -> usize {
+        super::PAGE_BYTES << self.order
+    }
+}
+
+/// Whether the locked page `pfn` is device-private, and if so the page map it belongs to.
+///
+/// # Safety
+///
+/// The page is referenced for as long as the answer is used.
+pub(super) unsafe fn page_map_of(pfn: usize) -> Option<*mut bindings::dev_pagemap> {
+    // SAFETY: The page is referenced, by the safety requirements.
+    let folio = unsafe { folio_of(pfn) };
+    // SAFETY: As above, so its folio is valid.
+    unsafe { bindings::hmm_gpu_folio_is_device_private(folio).then(|| bindings::hmm_gpu_folio_pgmap(folio)) }
+}
+
+/// log2 of the number of pages of the folio that page `pfn` is in.
+///
+/// # Safety
+///
+/// The page is referenced.
+pub(super) unsafe fn order_of(pfn: usize) -> u32 {
+    // SAFETY: The page is referenced, by the safety requirements, so its folio is valid.
+    unsafe { bindings::hmm_gpu_folio_order(folio_of(pfn)) }
+}

@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Migrations: `migrate_vma_*` and `migrate_device_*`.
+//!
+//! C header: `include/linux/migrate.h`.
+//!
+//! The kernel's three steps are two types. [`Collected`] is what `migrate_vma_setup` (or `migrate_device_pfns`) leaves: pages
+//! locked and unmapped, and whoever touches one waits. The caller looks at each [`Source`], and gives a destination that it has
+//! written to those that shall move. [`Collected::commit`] is `migrate_vma_pages`: it makes a [`Moved`], which says what moved.
+//! Dropping either one is `migrate_vma_finalize`: so no toucher waits for ever, whatever path is taken.
+
+use crate::{
+    hmm::{
+        folio::{self, Destination, LockedFolio, SourceFolio},
+        pagemap::{Ops, PageMap},
+        PAGE_BYTES,
+    },
+    sys::{bindings, mapping::Written},
+};
+use core::{marker::PhantomData, mem::ManuallyDrop};
+use kernel::{error::to_result, mm::virt::VmaRef, prelude::*};
+
+const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
+const MIGRATE: usize = bindings::MIGRATE_PFN_MIGRATE as usize;
+const COMPOUND: usize = bindings::MIGRATE_PFN_COMPOUND as usize;
+const SHIFT: u32 = bindings::MIGRATE_PFN_SHIFT as u32;
+
+/// The page frame number in an entry, if it has one.
+fn pfn_of(entry: usize) -> Option<usize> {
+    (entry & VALID != 0).then_some(entry >> SHIFT)
+}
+
+/// Which pages a migration of a range collects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Select {
+    /// Pages of system memory, and places where anonymous memory was never touched.
+    System,
+    /// Device-private pages of any page map with the given owner (and untouched places, which the kernel always reports).
+    Device,
+}
+
+/// Room for the entries of a migration: two words a page.
+pub(crate) struct Entries<'a> {
+    src: &'a mut [usize],
+    dst: &'a mut [usize],
+}
+
+impl<'a> Entries<'a> {
+    /// Room for as many pages as the shorter of the two has.
+    pub(crate) fn new(src: &'a mut [usize], dst: &'a mut [usize]) -> Self {
+        Self { src, dst }
+    }
+
+    fn len(&self) -> usize {
+        self.src.len().min(self.dst.len())
+    }
+}
+
+/// How the kernel is told about a migration.
+enum Kind {
+    /// Of a range of a mapping: `migrate_vma_*`.
+    Vma(bindings::migrate_vma),
+    /// Of device pages, wherever they are mapped: `migrate_device_*`.
+    Device,
+}
+
+/// The entries of a migration under way.
+///
+/// # Invariants
+///
+/// - `src` and `dst` have `pages` entries and belong to a migration that was set up and not finalized.
+/// - An entry of `src` with `VALID` is a page that is locked and referenced for this migration. Its folio is unmapped if it has
+///   `MIGRATE` too.
+/// - An entry of `dst` that is not zero is a [`LockedFolio`] given to this migration.
+/// - Device-private pages among the sources belong to a `PageMap<T>`.
+struct State<'a, T: Ops> {
+    kind: Kind,
+    src: &'a mut [usize],
+    dst: &'a mut [usize],
+    data: PhantomData<(&'a VmaRef, &'a PageMap<T>)>,
+}
+
+impl<T: Ops> State<'_, T> {
+    /// What entry `i` names, if it may move or has moved.
+    fn source(&self, i: usize) -> Option<Source<'_, T>> {
+        let entry = *self.src.get(i)?;
+        if entry & MIGRATE == 0 {
+            return None;
+        }
+        let Some(pfn) = pfn_of(entry) else {
+            return Some(Source::Hole);
+        };
+        // SAFETY: The page is locked and referenced by the type invariants, for as long as `self` is borrowed: giving a
+        // destination, committing and finalizing all need more than `&self`.
+        unsafe {
+            let order = folio::order_of(pfn);
+            match folio::page_map_of(pfn) {
+                None => Some(Source::System(SourceFolio::from_pfn(pfn, order))),
+                Some(raw) => {
+                    let map = PageMap::<T>::from_raw(raw);
+                    let index = map.index_of(pfn)?;
+                    Some(Source::Device { map, index, order })
+                }
+            }
+        }
+    }
+
+    fn finalize(&mut self) {
+        match &mut self.kind {
+            // SAFETY: Set up and not finalized, by the type invariants; this is called once, by a drop.
+            Kind::Vma(args) => unsafe { bindings::migrate_vma_finalize(args) },
+            Kind::Device => {
+                // CAST: A length fits in a word.
+                // SAFETY: As above.
+                unsafe {
+                    bindings::migrate_device_finalize(self.src.as_mut_ptr(), self.dst.as_mut_ptr(), self.src.len() as _)
+                }
+            }
+        }
+    }
+}
+
+/// A migration that is set up: its pages are locked and unmapped, and nothing has moved.
+///
+/// Dropped as it is, it puts everything back where it was.
+pub(crate) struct Collected<'a, T: Ops> {
+    state: State<'a, T>,
+}
+
+/// Where a page that may move is now.
+pub(crate) enum Source<'a, T: Ops> {
+    /// Nowhere: anonymous memory that was never touched. Its content is zeroes.
+    Hole,
+    /// In system memory.
+    System(SourceFolio<'a>),
+    /// In device memory: page `index` of `map`, the first of a folio of `1 << order` pages.
+    Device {
+        /// The page map it is in.
+        map: &'a PageMap<T>,
+        /// Counted in pages from the start of that device's memory.
+        index: usize,
+        /// log2 of the number of pages.
+        order: u32,
+    },
+}
+
+impl<T: Ops> Source<'_, T> {
+    /// How many pages it is.
+    pub(crate) fn pages(&self) -> usize {
+        match self {
+            Source::Hole => 1,
+            Source::System(folio) => folio.len() / PAGE_BYTES,
+            Source::Device { order, .. } => 1 << order,
+        }
+    }
+}
+
+impl<'a, T: Ops> Collected<'a, T> {
+    /// Sets up a migration of `[start, end)`, which must be inside `vma` and fit in `entries` (`migrate_vma_setup`).
+    ///
+    /// Large folios are split. Fails with `EINVAL` for a range that is empty, too long or not inside the mapping, and for
+    /// mappings that do not migrate (hugetlb, DAX, I/O and PFN mappings).
+    pub(crate) fn range(vma: &'a VmaRef, start: usize, end: usize, select: Select, entries: Entries<'a>) -> Result<Self> {
+        let flags = match select {
+            Select::System => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM,
+            Select::Device => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+        };
+        // SAFETY: `VmaRef` is a locked mapping for `'a`, and nothing faults here.
+        unsafe { Self::setup(vma.as_ptr(), start, end, flags, core::ptr::null_mut(), entries) }
+    }
+
+    /// Sets up a migration of the live folios of `map` from page `from` on, wherever they are mapped (`migrate_device_pfns`): as
+    /// many as `entries` has room for. Returns the page after the last that was looked at, too.
+    ///
+    /// Folios that are busy or gone by now have no source.
+    pub(crate) fn live(map: &'a PageMap<T>, from: usize, entries: Entries<'a>) -> (Self, usize) {
+        let room = entries.len();
+        let (mut used, mut next) = (0, from);
+        for (index, order) in map.live_folios(from) {
+            let pages = 1usize << order;
+            if used + pages > room {
+                break;
+            }
+            for (i, entry) in entries.src.iter_mut().skip(used).take(pages).enumerate() {
+                *entry = map.first_pfn() + index + i;
+            }
+            used += pages;
+            next = index + pages;
+        }
+        let (src, _) = entries.src.split_at_mut(used);
+        let (dst, _) = entries.dst.split_at_mut(used);
+        dst.fill(0);
+        // CAST: A length fits in a word.
+        // SAFETY: `src` has `used` page frame numbers of the map's pages, which have a `struct page` since the map is registered.
+        // It cannot fail: it returns 0 always.
+        unsafe { bindings::migrate_device_pfns(src.as_mut_ptr(), used as _) };
+        // INVARIANT: Just set up; no destination has been given; the pages are all of `map`, a `PageMap<T>`.
+        let state = State {
+            kind: Kind::Device,
+            src,
+            dst,
+            data: PhantomData,
+        };
+        (Self { state }, next)
+    }
+
+    /// # Safety
+    ///
+    /// `vma` is locked for `'a`. `fault_page` is null, or the locked and referenced device-private page of a fault at `start`.
+    unsafe fn setup(
+        vma: *mut bindings::vm_area_struct,
+        start: usize,
+        end: usize,
+        flags: bindings::migrate_vma_direction,
+        fault_page: *mut bindings::page,
+        entries: Entries<'a>,
+    ) -> Result<Self> {
+        let pages = end.checked_sub(start).ok_or(EINVAL)? / PAGE_BYTES;
+        if pages == 0 || pages > entries.len() {
+            return Err(EINVAL);
+        }
+        let (src, _) = entries.src.split_at_mut(pages);
+        let (dst, _) = entries.dst.split_at_mut(pages);
+        dst.fill(0);
+        let mut args = bindings::migrate_vma {
+            vma,
+            dst: dst.as_mut_ptr(),
+            src: src.as_mut_ptr(),
+            cpages: 0,
+            npages: 0,
+            start,
+            end,
+            pgmap_owner: T::owner().as_raw(),
+            flags: flags as _,
+            fault_page,
+        };
+        // SAFETY: The mapping is locked, and the arrays have an entry for each page.
+        to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
+        // INVARIANT: Set up; no destination has been given. The kernel collects device-private pages of the owner `T::owner()`
+        // only, which are those of a `PageMap<T>`. It may have stopped early: then what follows is zero, as it cleared `src`.
+        Ok(Self {
+            state: State {
+                kind: Kind::Vma(args),
+                src,
+                dst,
+                data: PhantomData,
+            },
+        })
+    }
+
+    /// How many pages the migration spans.
+    pub(crate) fn pages(&self) -> usize {
+        self.state.src.len()
+    }
+
+    /// What is at page `i` of the migration, if it may move.
+    ///
+    /// A large folio is found at its first page, and `None` at its others.
+    pub(crate) fn source(&self, i: usize) -> Option<Source<'_, T>> {
+        self.state.source(i)
+    }
+
+    /// Has page `i`, and the rest of its folio, move into `folio`, which must have been written.
+    ///
+    /// The folio is given back if nothing may move at `i`, if it has a destination already, or if the sizes differ.
+    pub(crate) fn set(&mut self, i: usize, folio: impl Destination) {
+        let folio: LockedFolio = folio.into();
+        let order = folio.order();
+        if self.source(i).is_none_or(|source| source.pages() != 1 << order) {
+            return;
+        }
+        if let Some(entry) = self.state.dst.get_mut(i).filter(|entry| **entry == 0) {
+            let compound = if order > 0 { COMPOUND } else { 0 };
+            // INVARIANT: The folio is given to the migration with its lock and its reference.
+            *entry = folio.into_pfn() << SHIFT | VALID | compound;
+        }
+    }
+
+    /// Moves what has a destination (`migrate_vma_pages`, `migrate_device_pages`).
+    ///
+    /// `written`: what was stored to the destinations is there for everybody.
+    pub(crate) fn commit(self, _written: Written) -> Moved<'a, T> {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: `this` is not used or dropped after this: its state moves to the value returned.
+        let mut state = unsafe { core::ptr::read(&this.state) };
+        match &mut state.kind {
+            // SAFETY: Set up and not finalized, by the type invariants.
+            Kind::Vma(args) => unsafe { bindings::migrate_vma_pages(args) },
+            Kind::Device => {
+                // CAST: A length fits in a word.
+                // SAFETY: As above. Without a mapping no source is a hole.
+                unsafe {
+                    bindings::migrate_device_pages(state.src.as_mut_ptr(), state.dst.as_mut_ptr(), state.src.len() as _)
+                }
+            }
+        }
+        Moved { state }
+    }
+}
+
+impl<T: Ops> Drop for Collected<'_, T> {
+    fn drop(&mut self) {
+        // Nothing has moved: the destinations must not be taken for the pages' new places.
+        for entry in self.state.dst.iter_mut() {
+            if let Some(pfn) = pfn_of(core::mem::take(entry)) {
+                // SAFETY: The entry was made by `set` from a folio that was given to this migration, and is forgotten here.
+                drop(unsafe { LockedFolio::from_pfn(pfn) });
+            }
+        }
+        self.state.finalize();
+    }
+}
+
+/// A migration whose pages are at their new places, and still locked.
+///
+/// Dropping it maps them there and unlocks them.
+pub(crate) struct Moved<'a, T: Ops> {
+    state: State<'a, T>,
+}
+
+impl<T: Ops> Moved<'_, T> {
+    /// Where what is at its destination now was before, at page `i`.
+    ///
+    /// What was in system memory can still be read there, and a device page is still in use there.
+    pub(crate) fn moved(&self, i: usize) -> Option<Source<'_, T>> {
+        self.state.dst.get(i).filter(|entry| **entry & VALID != 0)?;
+        self.state.source(i)
+    }
+}
+
+impl<T: Ops> Drop for Moved<'_, T> {
+    fn drop(&mut self) {
+        self.state.finalize();
+    }
+}
+
+/// A CPU fault on a device-private page of a `PageMap<T>`.
+///
+/// # Invariants
+///
+/// `vmf` is the fault that the kernel is handling now, on this task, with the mmap lock held. Its page is locked and referenced.
+pub(crate) struct Fault<'a, T> {
+    vmf: *mut bindings::vm_fault,
+    data: PhantomData<(&'a (), fn(T))>,
+}
+
+impl<'a, T: Ops> Fault<'a, T> {
+    /// # Safety
+    ///
+    /// As the type invariants say, for `'a`.
+    pub(super) unsafe fn from_raw(vmf: *mut bindings::vm_fault) -> Self {
+        // INVARIANT: By the safety requirements.
+        Self {
+            vmf,
+            data: PhantomData,
+        }
+    }
+
+    /// Sets up a migration of the page that was touched.
+    pub(crate) fn collect(&self, entries: Entries<'a>) -> Result<Collected<'a, T>> {
+        // SAFETY: By the type invariants.
+        let (vma, address, page) = unsafe {
+            (
+                (*self.vmf).__bindgen_anon_1.vma,
+                (*self.vmf).__bindgen_anon_1.address,
+                (*self.vmf).page,
+            )
+        };
+        let start = address & !(PAGE_BYTES - 1);
+        let flags = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
+        // SAFETY: The fault holds the mmap lock, and its page is locked and referenced, by the type invariants.
+        unsafe { Collected::setup(vma, start, start + PAGE_BYTES, flags, page, entries) }
+    }
+}
+
+/// How a CPU fault on a device page ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FaultOutcome {
+    /// The page is in system memory, or was busy: the CPU tries again.
+    Retry,
+    /// There was no system memory (`VM_FAULT_OOM`).
+    NoMemory,
+    /// The page's content cannot be had (`VM_FAULT_SIGBUS`).
+    Lost,
+}
+
+impl FaultOutcome {
+    pub(super) fn into_raw(self) -> bindings::vm_fault_t {
+        match self {
+            FaultOutcome::Retry => 0,
+            FaultOutcome::NoMemory => bindings::vm_fault_reason_VM_FAULT_OOM,
+            FaultOutcome::Lost => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+        }
+    }
+}

@@ -1,0 +1,430 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Device-private pages: `devm_memremap_pages` with `MEMORY_DEVICE_PRIVATE`.
+//!
+//! C header: `include/linux/memremap.h`.
+
+use crate::{
+    hmm::{
+        folio::DeviceFolio,
+        migrate::{Fault, FaultOutcome},
+        PAGE_BYTES, PAGE_SHIFT,
+    },
+    sys::{bindings, gate::Lend},
+};
+use core::{marker::PhantomData, ptr::NonNull};
+use kernel::{
+    container_of,
+    device::{Bound, Device},
+    error::from_err_ptr,
+    prelude::*,
+    sync::atomic::{Acquire, Atomic, Full, Relaxed, Release},
+    types::Opaque,
+};
+
+/// What `memremap_pages` wants addresses and lengths to be multiples of, in bytes (`SUBSECTION_SIZE`).
+pub(crate) const ALIGN: u64 = 2 << 20;
+
+/// Marks the page maps of one module, and says what type their data has.
+///
+/// Declare one as a `static`: its address is the mark (`dev_pagemap::owner`).
+pub(crate) struct Owner<T> {
+    // Not of size zero, so that every static of this type has an address of its own.
+    _mark: u8,
+    _data: PhantomData<fn(T)>,
+}
+
+impl<T> Owner<T> {
+    /// A new mark.
+    pub(crate) const fn new() -> Self {
+        Self {
+            _mark: 0,
+            _data: PhantomData,
+        }
+    }
+
+    /// The mark as the kernel wants it.
+    pub(super) fn as_raw(&'static self) -> *mut c_void {
+        core::ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
+/// What a driver does for its device pages.
+pub(crate) trait Ops: Send + Sync + Sized + 'static {
+    /// The mark of all page maps whose data is a `Self`. Always the same one.
+    fn owner() -> &'static Owner<Self>;
+
+    /// The folio of `1 << order` pages that began at page `index` is gone: its VRAM can be used again.
+    ///
+    /// Runs under page table locks: must not sleep.
+    fn folio_free(map: &PageMap<Self>, index: usize, order: u32);
+
+    /// The CPU touched a page of `map`: bring it to system memory.
+    fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome;
+
+    /// Moves live pages to system memory, as the map has been closed: called again until [`PageMap::live_folios`] yields nothing.
+    fn evict_all(map: &PageMap<Self>);
+}
+
+/// Which physical addresses the device pages get.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Free ones that the kernel picks (`devm_request_free_mem_region`).
+    Add,
+    /// These, which are the device's own. The caller holds the region.
+    AddResource {
+        /// First byte; a multiple of [`ALIGN`].
+        start: u64,
+    },
+}
+
+const FREE: i8 = 0;
+const TAIL: i8 = -1;
+
+/// The state of the head page of a folio of `1 << order` pages.
+const fn head(order: u32) -> i8 {
+    // CAST: Orders are at most 9, as `PageMap::init_folio` checks.
+    order as i8 + 1
+}
+
+/// The largest order of a folio: 2 MiB.
+pub(crate) const MAX_ORDER: u32 = ALIGN.ilog2() - PAGE_SHIFT;
+
+/// The device pages of one device, and the driver's data for them.
+///
+/// # Invariants
+///
+/// - `raw.owner` is `T::owner()`, so a page map with that owner is inside a `PageMap<T>`.
+/// - `state[i]` is [`FREE`] exactly when page `i` has no reference and nobody is initialising it.
+/// - While a page of it has a reference this value is neither moved nor dropped.
+#[pin_data]
+pub(crate) struct PageMap<T: Ops> {
+    #[pin]
+    raw: Opaque<bindings::dev_pagemap>,
+    first_pfn: Atomic<usize>,
+    closed: Atomic<bool>,
+    state: KVVec<Atomic<i8>>,
+    #[pin]
+    data: T,
+}
+
+// SAFETY: The C structure is written before anybody else can reach it, and handled by the kernel under its own locks after that.
+unsafe impl<T: Ops> Send for PageMap<T> {}
+// SAFETY: As above; all else in it is `Sync`.
+unsafe impl<T: Ops> Sync for PageMap<T> {}
+
+impl<T: Ops> PageMap<T> {
+    const OPS: &'static bindings::dev_pagemap_ops = &bindings::dev_pagemap_ops {
+        folio_free: Some(Self::folio_free),
+        migrate_to_ram: Some(Self::migrate_to_ram),
+        memory_failure: None,
+        folio_split: None,
+    };
+
+    fn new(pages: usize, data: impl PinInit<T, Error>) -> Result<Pin<KBox<Self>>> {
+        let mut state = KVVec::with_capacity(pages, GFP_KERNEL)?;
+        for _ in 0..pages {
+            state.push(Atomic::new(FREE), GFP_KERNEL)?;
+        }
+        KBox::try_pin_init(
+            // INVARIANT: `raw` gets its owner in `Registered::new`, before any page exists; no page has a reference yet.
+            try_pin_init!(Self {
+                raw: Opaque::zeroed(),
+                first_pfn: Atomic::new(0),
+                closed: Atomic::new(false),
+                state,
+                data <- data,
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The driver's data.
+    pub(crate) fn data(&self) -> &T {
+        &self.data
+    }
+
+    /// How many pages there are.
+    pub(crate) fn pages(&self) -> usize {
+        self.state.len()
+    }
+
+    /// The page frame number of the first page.
+    pub(crate) fn first_pfn(&self) -> usize {
+        self.first_pfn.load(Relaxed)
+    }
+
+    /// Which page of this map `pfn` is.
+    pub(crate) fn index_of(&self, pfn: usize) -> Option<usize> {
+        pfn.checked_sub(self.first_pfn()).filter(|&index| index < self.pages())
+    }
+
+    /// Makes a folio of the `1 << order` pages from `index` on (`zone_device_folio_init`).
+    ///
+    /// Fails with `EINVAL` if there are no such pages or `index` is not aligned to the folio's size, with `EBUSY` if one of them is
+    /// in use, and with `ENODEV` once the map is closed.
+    pub(crate) fn init_folio(&self, index: usize, order: u32) -> Result<DeviceFolio<'_, T>> {
+        if order > MAX_ORDER || index & ((1 << order) - 1) != 0 {
+            return Err(EINVAL);
+        }
+        let states = self.state.get(index..index + (1 << order)).ok_or(EINVAL)?;
+        for (i, state) in states.iter().enumerate() {
+            let new = if i == 0 { head(order) } else { TAIL };
+            if state.cmpxchg(FREE, new, Full).is_err() {
+                states.iter().take(i).for_each(|state| state.store(FREE, Release));
+                return Err(EBUSY);
+            }
+        }
+        if self.is_closed() {
+            self.set_free(index, order);
+            return Err(ENODEV);
+        }
+        // CAST: The page is the head of the folio to be made, and a head page is at its folio's address. What folio it was part
+        // of before does not matter.
+        // SAFETY: The pages are this map's, and it is registered: `Registered` lends it, and unregisters it only after it has
+        // closed it and then found every page free.
+        let folio = unsafe { bindings::hmm_gpu_pfn_to_page(self.first_pfn() + index) }.cast::<bindings::folio>();
+        // SAFETY: All the pages were free and are now ours alone, by the exchange above.
+        unsafe { bindings::hmm_gpu_zone_device_folio_init(folio, self.raw.get(), order) };
+        // SAFETY: Just initialised, and the pointer came from a reference into the memory map, so it is not null.
+        Ok(unsafe { DeviceFolio::from_init(self, index, NonNull::new_unchecked(folio)) })
+    }
+
+    fn set_free(&self, index: usize, order: u32) {
+        let states = self.state.iter().skip(index).take(1 << order);
+        states.for_each(|state| state.store(FREE, Release));
+    }
+
+    /// Whether the registration is being undone: no folio is made any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Relaxed)
+    }
+
+    /// The folios that are live now, from page `from` on: index of the first page and order of each. Others may come and go
+    /// meanwhile.
+    pub(crate) fn live_folios(&self, from: usize) -> impl Iterator<Item = (usize, u32)> + '_ {
+        self.state.iter().enumerate().skip(from).filter_map(|(index, state)| {
+            let state = state.load(Acquire);
+            // CAST: Positive, so it fits.
+            (state > 0).then_some((index, (state - 1) as u32))
+        })
+    }
+
+    /// # Safety
+    ///
+    /// `raw` is in a `PageMap<T>` that outlives `'a`.
+    pub(super) unsafe fn from_raw<'a>(raw: *mut bindings::dev_pagemap) -> &'a Self {
+        let raw = raw.cast::<Opaque<bindings::dev_pagemap>>();
+        // SAFETY: By the safety requirements.
+        unsafe { &*container_of!(raw, Self, raw) }
+    }
+
+    /// # Safety
+    ///
+    /// Called by the kernel as `dev_pagemap_ops::folio_free`, for a folio of a `PageMap<T>`.
+    unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
+        // SAFETY: The folio is a device-private one of ours; its page map waits for it before it goes.
+        let (map, pfn, order) = unsafe {
+            (
+                Self::from_raw(bindings::hmm_gpu_folio_pgmap(folio)),
+                bindings::hmm_gpu_folio_pfn(folio),
+                bindings::hmm_gpu_folio_order(folio),
+            )
+        };
+        let Some(index) = map.index_of(pfn) else {
+            return;
+        };
+        map.set_free(index, order);
+        T::folio_free(map, index, order);
+    }
+
+    /// # Safety
+    ///
+    /// Called by the kernel as `dev_pagemap_ops::migrate_to_ram`, for a page of a `PageMap<T>`.
+    unsafe extern "C" fn migrate_to_ram(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+        // SAFETY: The kernel passes a fault on a locked, referenced device-private page of ours, with the mmap lock held, for
+        // the duration of the call; the page map waits for the page before it goes.
+        let (map, fault) = unsafe {
+            let folio = bindings::hmm_gpu_page_folio((*vmf).page);
+            (
+                Self::from_raw(bindings::hmm_gpu_folio_pgmap(folio)),
+                Fault::<T>::from_raw(vmf),
+            )
+        };
+        T::migrate_to_ram(map, fault).into_raw()
+    }
+}
+
+/// Owns the device pages of a device: a registered [`PageMap`].
+///
+/// Dropping it evicts, unregisters and frees, in this order, and may wait long for the first. It is meant for a driver's private
+/// data, which is dropped after unbind and before the device's managed resources.
+///
+/// # Invariants
+///
+/// `map` is registered with `devm_memremap_pages` for `device`, and `region` is a managed region of `device`.
+pub(crate) struct Registered<D: AsRef<Device<Bound>>, T: Ops> {
+    map: Pin<KBox<PageMap<T>>>,
+    region: Option<(u64, u64)>,
+    device: D,
+}
+
+impl<D: AsRef<Device<Bound>>, T: Ops> Registered<D, T> {
+    /// Registers `bytes` of device memory in either form.
+    ///
+    /// Refuses, with the reason in the kernel's log and before the core of the kernel would warn: lengths and addresses that are
+    /// not multiples of [`ALIGN`] (`EINVAL`); addresses that are System RAM (`ENXIO`), that have device pages already (`EBUSY`)
+    /// or that the kernel cannot have pages for (`E2BIG`). `ERANGE`: no free addresses. `ENOMEM`.
+    pub(crate) fn new(device: D, form: Form, bytes: u64, data: impl PinInit<T, Error>) -> Result<Self> {
+        let dev: &Device<Bound> = device.as_ref();
+        if bytes == 0 || bytes % ALIGN != 0 {
+            dev_err!(dev, "device memory of {} bytes: want a multiple of {} MiB\n", bytes, ALIGN >> 20);
+            return Err(EINVAL);
+        }
+        let map = PageMap::new(usize::try_from(bytes >> PAGE_SHIFT)?, data)?;
+        let (start, region) = match form {
+            Form::Add => {
+                let region = request_free_region(dev, bytes)?;
+                (region.0, Some(region))
+            }
+            Form::AddResource { start } => {
+                check_range(dev, start, bytes)?;
+                (start, None)
+            }
+        };
+        // CAST: A page frame number fits in a word.
+        map.first_pfn.store((start >> PAGE_SHIFT) as usize, Relaxed);
+        let raw = map.raw.get();
+        // SAFETY: Nobody else knows `raw` yet.
+        unsafe {
+            (*raw).type_ = bindings::memory_type_MEMORY_DEVICE_PRIVATE;
+            (*raw).owner = T::owner().as_raw();
+            (*raw).ops = PageMap::<T>::OPS;
+            (*raw).nr_range = 1;
+            *(*raw).__bindgen_anon_1.range.as_mut() = bindings::range {
+                start,
+                end: start + bytes - 1,
+            };
+        }
+        // SAFETY: `dev` is bound, `raw` is filled in and pinned. It stays until `Drop` has unregistered it, which the type that
+        // holds `D` makes happen before `device` is unbound.
+        let result = from_err_ptr(unsafe { bindings::devm_memremap_pages(as_raw(dev), raw) });
+        if let Err(error) = result {
+            dev_err!(
+                dev,
+                "cannot register device pages at {:#x}-{:#x}: {:?}\n",
+                start,
+                start + bytes - 1,
+                error
+            );
+            release_region(dev, region);
+            return Err(error);
+        }
+        // INVARIANT: Just registered; the region was requested for the same device.
+        Ok(Self { map, region, device })
+    }
+
+    /// The first physical address of the pages.
+    pub(crate) fn start(&self) -> u64 {
+        // CAST: Widens.
+        (self.map.first_pfn() as u64) << PAGE_SHIFT
+    }
+}
+
+// SAFETY: The page map is in a box of its own and pinned, and nothing replaces it.
+unsafe impl<D: AsRef<Device<Bound>>, T: Ops> Lend for Registered<D, T> {
+    type Target = PageMap<T>;
+
+    fn lend(&self) -> &PageMap<T> {
+        &self.map
+    }
+
+    fn closing(&self) {
+        // A full barrier: whoever makes a folio either sees this, or `drop` sees its page in use.
+        self.map.closed.xchg(true, Full);
+    }
+}
+
+impl<D: AsRef<Device<Bound>>, T: Ops> Drop for Registered<D, T> {
+    fn drop(&mut self) {
+        self.closing();
+        while self.map.live_folios(0).next().is_some() {
+            T::evict_all(&self.map);
+        }
+        let dev = self.device.as_ref();
+        // SAFETY: Registered for this device, by the type invariants, which is still bound since `D` says so. Waits until the
+        // last reference is gone.
+        unsafe { bindings::devm_memunmap_pages(as_raw(dev), self.map.raw.get()) };
+        release_region(dev, self.region);
+    }
+}
+
+fn as_raw(dev: &Device<Bound>) -> *mut bindings::device {
+    // CAST: `Device` is a transparent wrapper of `struct device`.
+    core::ptr::from_ref(dev).cast_mut().cast()
+}
+
+/// Requests free physical addresses for `bytes`: start and length of what was taken, which may be more.
+fn request_free_region(dev: &Device<Bound>, bytes: u64) -> Result<(u64, u64)> {
+    // SAFETY: `dev` is bound; `iomem_resource` is the kernel's own.
+    let resource = from_err_ptr(unsafe {
+        bindings::devm_request_free_mem_region(as_raw(dev), &raw mut bindings::iomem_resource, usize::try_from(bytes)?)
+    })
+    .inspect_err(|error| {
+        dev_err!(dev, "no free physical addresses for {} MiB of device pages: {:?}\n", bytes >> 20, error);
+    })?;
+    // SAFETY: A valid resource was returned, which stays until it is released.
+    unsafe { Ok(((*resource).start, (*resource).end - (*resource).start + 1)) }
+}
+
+fn release_region(dev: &Device<Bound>, region: Option<(u64, u64)>) {
+    if let Some((start, bytes)) = region {
+        // SAFETY: `dev` is bound, and the region is one that `request_free_region` took for it.
+        unsafe { bindings::hmm_gpu_release_mem_region(as_raw(dev), start, bytes) };
+    }
+}
+
+/// Whether `[start, start + bytes)` can become device pages: says why not, before `memremap_pages` would warn.
+pub(crate) fn check_range(dev: &Device<Bound>, start: u64, bytes: u64) -> Result {
+    let end = start.checked_add(bytes).ok_or(EINVAL)?;
+    if start % ALIGN != 0 || bytes % ALIGN != 0 || bytes == 0 {
+        dev_err!(
+            dev,
+            "range {:#x}-{:#x} refused: start and length must be multiples of {} MiB\n",
+            start,
+            end - 1,
+            ALIGN >> 20
+        );
+        return Err(EINVAL);
+    }
+    // SAFETY: Always fine to call. Device-private pages need no mapping, hence `false`.
+    let limit = unsafe { bindings::mhp_get_pluggable_range(false) };
+    if start < limit.start || end - 1 > limit.end {
+        dev_err!(
+            dev,
+            "range {:#x}-{:#x} refused: this kernel has pages for {:#x}-{:#x} only\n",
+            start,
+            end - 1,
+            limit.start,
+            limit.end
+        );
+        return Err(E2BIG);
+    }
+    // CAST: A length in bytes fits in a word.
+    // SAFETY: Always fine to call where sleeping is.
+    if unsafe { bindings::hmm_gpu_overlaps_system_ram(start, bytes as usize) } {
+        dev_err!(dev, "range {:#x}-{:#x} refused: it overlaps System RAM\n", start, end - 1);
+        return Err(ENXIO);
+    }
+    for address in [start, end - 1] {
+        // CAST: A page frame number fits in a word.
+        // SAFETY: Always fine to call.
+        if unsafe { bindings::hmm_gpu_is_pagemap((address >> PAGE_SHIFT) as usize) } {
+            dev_err!(dev, "range {:#x}-{:#x} refused: it has device pages already\n", start, end - 1);
+            return Err(EBUSY);
+        }
+    }
+    Ok(())
+}
+
+const _: () = assert!(PAGE_BYTES << MAX_ORDER == ALIGN as usize);

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Address spaces and their mappings, as far as the kernel crate lacks them.
+
+use crate::sys::bindings;
+use kernel::{
+    error::to_result,
+    mm::{virt::VmaRef, MmWithUser},
+    prelude::*,
+    types::NotThreadSafe,
+};
+
+/// The mmap lock, held for reading.
+///
+/// # Invariants
+///
+/// This value owns the lock.
+pub(crate) struct ReadLocked<'a> {
+    mm: &'a MmWithUser,
+    _not_send: NotThreadSafe,
+}
+
+impl<'a> ReadLocked<'a> {
+    /// Takes the lock (`mmap_read_lock_killable`). Fails with `EINTR` if the task is killed while it waits.
+    pub(crate) fn new(mm: &'a MmWithUser) -> Result<Self> {
+        // SAFETY: The address space is valid.
+        to_result(unsafe { bindings::hmm_gpu_mmap_read_lock_killable(mm.as_raw()) })?;
+        // INVARIANT: Just locked.
+        Ok(Self {
+            mm,
+            _not_send: NotThreadSafe,
+        })
+    }
+
+    /// The address space.
+    pub(crate) fn mm(&self) -> &MmWithUser {
+        self.mm
+    }
+
+    /// The first mapping that ends above `address` (`find_vma`): the one that `address` is in, or the next.
+    pub(crate) fn find_vma(&self, address: usize) -> Option<&VmaRef> {
+        // SAFETY: The lock is held, by the type invariants.
+        let vma = unsafe { bindings::find_vma(self.mm.as_raw(), address) };
+        // SAFETY: A mapping that was found is valid and stays while the lock is held, which is as long as `self` is borrowed.
+        (!vma.is_null()).then(|| unsafe { VmaRef::from_raw(vma) })
+    }
+}
+
+impl Drop for ReadLocked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: The lock is ours by the type invariants.
+        unsafe { bindings::hmm_gpu_mmap_read_unlock(self.mm.as_raw()) };
+    }
+}
+
+/// Whether `vma` is private anonymous memory.
+pub(crate) fn is_anonymous(vma: &VmaRef) -> bool {
+    // SAFETY: The reference is to a valid mapping that is locked.
+    unsafe { bindings::hmm_gpu_vma_is_anonymous(vma.as_ptr()) }
+}
+
+/// The first address that is not user space's.
+pub(crate) fn user_end() -> usize {
+    // SAFETY: Always fine to call.
+    unsafe { bindings::hmm_gpu_task_size() }
+}

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `hmm_gpu`: GPU memory as device-private pages.
+//!
+//! `Documentation/internals.md` is the way in. All unsafe code is in `hmm` and `sys`.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod alloc;
+mod bitmap;
+mod client;
+mod counters;
+mod devmem;
+mod gpu;
+mod hmm;
+mod migration;
+mod pci;
+mod soft;
+mod sys;
+// The user side uses what is not used here.
+#[allow(dead_code, non_camel_case_types, unreachable_pub)]
+mod uapi;
+mod units;
+mod vram;
+
+use kernel::{
+    driver,
+    prelude::*,
+    sync::atomic::{Atomic, Full},
+};
+
+module! {
+    type: HmmGpu,
+    name: "hmm_gpu",
+    authors: ["The hmm-gpu authors"],
+    description: "GPU memory as device-private pages",
+    license: "GPL",
+    params: {
+        soft: u32 {
+            default: 1,
+            description: "How many soft devices to make (VRAM in system memory)",
+        },
+        soft_mib: u32 {
+            default: 64,
+            description: "VRAM of a soft device in MiB, a multiple of 2",
+        },
+        add_resource: bool {
+            default: false,
+            description: "Register the BAR's own physical addresses instead of free ones",
+        },
+        offer_ram: u64 {
+            default: 0,
+            description: "For tests: offer the 2 MiB at this physical address as a device's own, to be refused if System RAM",
+        },
+        fail_probe: u32 {
+            default: 0,
+            description: "For tests: the next probe of a PCI device fails after this step of it (1 to 7)",
+        },
+    },
+}
+
+/// The module. Dropped in this order: PCI devices are unbound, then soft devices go.
+#[pin_data]
+struct HmmGpu {
+    #[pin]
+    pci: driver::Registration<kernel::pci::Adapter<pci::Driver>>,
+    soft: KVec<soft::SoftGpu>,
+}
+
+impl kernel::InPlaceModule for HmmGpu {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            _: {
+                let start = module_parameters::offer_ram.value();
+                if start != 0 {
+                    soft::offer(start)?;
+                }
+            },
+            soft: soft::devices(module_parameters::soft.value(), module_parameters::soft_mib.value())?,
+            pci <- driver::Registration::new(c"hmm_gpu", module),
+        })
+    }
+}
+
+/// Fails once, if this is the step that the module parameter `fail_probe` names.
+fn fail_after(step: gpu::Step) -> Result {
+    static DONE: Atomic<bool> = Atomic::new(false);
+
+    // CAST: Steps are numbered from 1.
+    if module_parameters::fail_probe.value() != step as u32 || DONE.xchg(true, Full) {
+        return Ok(());
+    }
+    pr_info!("fail_probe: failing after step {}\n", step as u32);
+    Err(ENOMEM)
+}

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What moves, and what is counted: every migration of the driver goes through here, whether it was asked for, or a CPU fault or
+//! an eviction caused it.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    bitmap::BLOCK_PAGES,
+    devmem::DeviceMemory,
+    hmm::{
+        folio::SystemFolio,
+        migrate::{Collected, Entries, Select, Source},
+        pagemap::PageMap,
+        range::{Seen, Watch},
+        vma::{is_anonymous, ReadLocked},
+        PAGE_BYTES,
+    },
+    sys::mapping::Written,
+};
+use kernel::{
+    mm::{virt::VmaRef, MmWithUser},
+    prelude::*,
+};
+
+/// The most pages that one migration handles: 2 MiB of them, which share a page table.
+const BATCH: usize = BLOCK_PAGES;
+
+/// Why pages move to system memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// `MIGRATE` asked for it.
+    Request,
+    /// The CPU touched a page.
+    Fault,
+    /// The device goes away.
+    Evict,
+}
+
+/// How a migration ended. In pages.
+#[derive(Default)]
+pub(crate) struct Outcome {
+    /// Moved.
+    pub(crate) moved: usize,
+    /// The page at which memory for its new place was not to be had. Nothing from there on has moved.
+    pub(crate) without_memory: Option<usize>,
+}
+
+/// Room for the entries of a migration of [`BATCH`] pages.
+pub(crate) struct Scratch {
+    src: KVec<usize>,
+    dst: KVec<usize>,
+}
+
+impl Scratch {
+    /// Allocates it.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            src: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
+            dst: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
+        })
+    }
+
+    /// The room.
+    pub(crate) fn entries(&mut self) -> Entries<'_> {
+        Entries::new(&mut self.src, &mut self.dst)
+    }
+}
+
+/// Moves all device pages of a migration that is set up to system memory.
+pub(crate) fn move_to_system(mut collected: Collected<'_, DeviceMemory>, cause: Cause) -> Outcome {
+    let mut outcome = Outcome::default();
+    for i in 0..collected.pages() {
+        let Some(Source::Device { map, index, order }) = collected.source(i) else {
+            continue;
+        };
+        let memory = map.data();
+        let folio = SystemFolio::new(order).and_then(|mut folio| {
+            memory.vram.read_folio(index * PAGE_BYTES, &mut folio)?;
+            Ok(folio)
+        });
+        match folio {
+            Ok(folio) => collected.set(i, folio),
+            Err(_) => {
+                memory.counters.system_failures.add(1);
+                outcome.without_memory = Some(i);
+                break;
+            }
+        }
+    }
+    let reach = outcome.without_memory.unwrap_or(collected.pages());
+    let moved = collected.commit(Written::wait());
+    for i in 0..reach {
+        // A page's device counts it, whichever device's client asked.
+        if let Some(Source::Device { map, order, .. }) = moved.moved(i) {
+            let counters = &map.data().counters;
+            let counter = match cause {
+                Cause::Request => &counters.to_system,
+                Cause::Fault => &counters.fault_back,
+                Cause::Evict => &counters.evicted,
+            };
+            counter.add(1 << order);
+            outcome.moved += 1 << order;
+        }
+    }
+    outcome
+}
+
+/// Moves what a migration has collected (system memory, and places never touched) to the VRAM of `map`.
+///
+/// `room` has a place for an index for each page of the migration.
+fn move_to_device(map: &PageMap<DeviceMemory>, mut collected: Collected<'_, DeviceMemory>, room: &mut [u32]) -> Outcome {
+    let memory = map.data();
+    let mut outcome = Outcome::default();
+    // Device memory that the CPU can address is a source too, and stays where it is. Large folios have been split.
+    let may_move =
+        |source: &Source<'_, DeviceMemory>| !matches!(source, Source::Device { .. }) && source.pages() == 1;
+    let wanted = (0..collected.pages()).filter(|&i| collected.source(i).as_ref().is_some_and(may_move)).count();
+    let room = room.get_mut(..wanted).unwrap_or_default();
+    let got = memory.take(0, room);
+    // CAST: The indices of pages fit in a word.
+    let mut indices = room.iter().take(got).map(|&index| index as usize);
+    let mut populated = 0;
+    for i in 0..collected.pages() {
+        let Some(source) = collected.source(i).filter(may_move) else {
+            continue;
+        };
+        let Some(index) = indices.next() else {
+            memory.counters.vram_failures.add(1);
+            outcome.without_memory = Some(i);
+            break;
+        };
+        let Ok(folio) = map.init_folio(index, 0) else {
+            // The device goes away: the caller will see that for itself.
+            memory.give_back(index, 0);
+            continue;
+        };
+        let offset = folio.index() * PAGE_BYTES;
+        let written = match &source {
+            Source::System(from) => memory.vram.write_folio(offset, from),
+            _ => memory.vram.zero(offset, PAGE_BYTES),
+        };
+        if written.is_ok() {
+            collected.set(i, folio);
+        }
+    }
+    let pages = outcome.without_memory.unwrap_or(collected.pages());
+    let moved = collected.commit(Written::wait());
+    for i in 0..pages {
+        match moved.moved(i) {
+            Some(Source::Hole) => {
+                populated += 1;
+                outcome.moved += 1;
+            }
+            Some(_) => outcome.moved += 1,
+            None => (),
+        }
+    }
+    memory.counters.to_device.add(outcome.moved);
+    memory.counters.populated.add(populated);
+    memory.counters.refused.add(got.saturating_sub(outcome.moved));
+    outcome
+}
+
+/// Where pages are to go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// System memory.
+    System,
+    /// The device's VRAM.
+    Device,
+}
+
+/// How far a request has come, in bytes. The last four add up to the first.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Progress {
+    pub(crate) done: usize,
+    pub(crate) moved: usize,
+    pub(crate) already: usize,
+    pub(crate) skipped: usize,
+    pub(crate) unmapped: usize,
+}
+
+/// A request to move the pages of a range, of a process that watches its own address space.
+pub(crate) struct Request<'a> {
+    map: &'a PageMap<DeviceMemory>,
+    watch: &'a Watch,
+    target: Target,
+    scratch: Scratch,
+    indices: KVec<u32>,
+    seen: KVec<Seen>,
+}
+
+impl<'a> Request<'a> {
+    /// Prepares a request, for which memory is allocated.
+    pub(crate) fn new(map: &'a PageMap<DeviceMemory>, watch: &'a Watch, target: Target) -> Result<Self> {
+        Ok(Self {
+            map,
+            watch,
+            target,
+            scratch: Scratch::new()?,
+            indices: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
+            seen: KVec::from_elem(Seen::default(), BATCH, GFP_KERNEL)?,
+        })
+    }
+
+    /// Moves the pages of `[start, end)`, both page aligned. Whatever it returns, `progress` says how far it came.
+    pub(crate) fn run(&mut self, mm: &MmWithUser, start: usize, end: usize, progress: &mut Progress) -> Result {
+        while start + progress.done < end {
+            if self.map.is_closed() {
+                return Err(ENODEV);
+            }
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let at = start + progress.done;
+            // Taken anew for every batch, so that who wants to write waits for one batch at most.
+            let lock = ReadLocked::new(mm)?;
+            let vma = lock.find_vma(at).filter(|vma| vma.start() < end);
+            match vma {
+                Some(vma) if vma.start() <= at => {
+                    let boundary = (at | (BATCH * PAGE_BYTES - 1)) + 1;
+                    let stop = end.min(vma.end()).min(boundary);
+                    self.batch(&lock, vma, at, stop, progress)?;
+                }
+                next => {
+                    let gap = next.map_or(end, |vma| vma.start()) - at;
+                    progress.unmapped += gap;
+                    progress.done += gap;
+                }
+            }
+        }
+        if progress.unmapped == progress.done {
+            return Err(EFAULT);
+        }
+        Ok(())
+    }
+
+    /// Moves the pages of `[start, end)`, which is inside `vma` and one batch.
+    fn batch(
+        &mut self,
+        lock: &ReadLocked<'_>,
+        vma: &VmaRef,
+        start: usize,
+        end: usize,
+        progress: &mut Progress,
+    ) -> Result {
+        let select = match self.target {
+            Target::Device => Select::System,
+            Target::System => Select::Device,
+        };
+        let outcome = if is_anonymous(vma) {
+            match Collected::range(vma, start, end, select, self.scratch.entries()) {
+                Ok(collected) if self.target == Target::Device => {
+                    move_to_device(self.map, collected, &mut self.indices)
+                }
+                Ok(collected) => move_to_system(collected, Cause::Request),
+                // A mapping that the kernel does not migrate.
+                Err(_) => Outcome::default(),
+            }
+        } else {
+            Outcome::default()
+        };
+        let pages = outcome.without_memory.unwrap_or((end - start) / PAGE_BYTES);
+        let (mut already, mut skipped) = (0, 0);
+        if outcome.moved < pages {
+            let there = self.at_target(lock, start, pages).saturating_sub(outcome.moved);
+            already = there.min(pages - outcome.moved);
+            skipped = pages - outcome.moved - already;
+        }
+        progress.done += pages * PAGE_BYTES;
+        progress.moved += outcome.moved * PAGE_BYTES;
+        progress.already += already * PAGE_BYTES;
+        progress.skipped += skipped * PAGE_BYTES;
+        match (outcome.without_memory, self.target) {
+            (None, _) => Ok(()),
+            (Some(_), Target::Device) => Err(ENOSPC),
+            (Some(_), Target::System) => Err(ENOMEM),
+        }
+    }
+
+    /// How many of `pages` pages from `start` on are at the target now.
+    fn at_target(&mut self, lock: &ReadLocked<'_>, start: usize, pages: usize) -> usize {
+        let Some(seen) = self.seen.get_mut(..pages) else {
+            return 0;
+        };
+        if self.watch.look::<DeviceMemory>(lock, start, seen).is_err() {
+            return 0;
+        }
+        let here = |seen: &&Seen| seen.pfn().is_some_and(|pfn| self.map.index_of(pfn).is_some());
+        let elsewhere = |seen: &&Seen| seen.pfn().is_some_and(|pfn| crate::units::of_pfn(pfn).is_some());
+        match self.target {
+            Target::Device => seen.iter().filter(here).count(),
+            Target::System => pages - seen.iter().filter(elsewhere).count(),
+        }
+    }
+}

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The PCI driver. It binds a device only when told to, through `driver_override`.
+
+#![deny(unsafe_code)]
+
+use crate::{
+    alloc::BLOCK_BYTES,
+    gpu::{Gpu, Step},
+    hmm::pagemap::Form,
+    sys::pci::{address, largest_prefetchable, Bar, Enabled},
+    vram::Vram,
+};
+use kernel::{
+    device::{Bound, Core},
+    pci,
+    prelude::*,
+};
+
+/// The PCI driver.
+pub(crate) struct Driver;
+
+kernel::pci_device_table!(
+    NO_DEVICE,
+    <Driver as pci::Driver>::IdInfo,
+    // The kernel wants a table; no vendor has this number, so that no device is taken by surprise.
+    []
+);
+
+/// A bound device.
+#[pin_data]
+pub(crate) struct PciGpu<'bound> {
+    #[pin]
+    gpu: Gpu<&'bound pci::Device<Bound>>,
+    // After all that uses the BAR.
+    enabled: Enabled,
+}
+
+impl pci::Driver for Driver {
+    type IdInfo = ();
+    type Data<'bound> = PciGpu<'bound>;
+
+    const ID_TABLE: pci::IdTable<Self::IdInfo> = &NO_DEVICE;
+
+    fn probe<'bound>(
+        pdev: &'bound pci::Device<Core<'_>>,
+        _info: Option<&'bound Self::IdInfo>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        try_pin_init!(PciGpu {
+            enabled: Enabled::new(pdev)?,
+            _: { crate::fail_after(Step::Enable)? },
+            gpu <- new_gpu(pdev)?,
+        })
+    }
+}
+
+fn new_gpu<'bound>(
+    pdev: &'bound pci::Device<Core<'_>>,
+) -> Result<impl PinInit<Gpu<&'bound pci::Device<Bound>>, Error> + 'bound> {
+    let Some((bar, start, len)) = largest_prefetchable(pdev) else {
+        dev_err!(pdev, "no usable VRAM: the device has no prefetchable memory BAR that was given addresses\n");
+        return Err(ENODEV);
+    };
+    let bytes = len / BLOCK_BYTES * BLOCK_BYTES;
+    if bytes == 0 {
+        dev_err!(pdev, "no usable VRAM: BAR {} has {} KiB, less than 2 MiB\n", bar, len >> 10);
+        return Err(ENODEV);
+    }
+    crate::fail_after(Step::FindBar)?;
+    let mapping = Bar::new(pdev, bar, bytes).inspect_err(|error| {
+        dev_err!(pdev, "cannot have BAR {} ({} MiB at {:#x}): {:?}\n", bar, len >> 20, start, error);
+    })?;
+    crate::fail_after(Step::MapBar)?;
+    let vram = Vram::Pci(mapping);
+    if let Err((offset, found)) = vram.check()? {
+        dev_err!(
+            pdev,
+            "no usable VRAM: BAR {} does not keep what is written to it ({:#x} read back at offset {:#x})\n",
+            bar,
+            found,
+            offset
+        );
+        return Err(EIO);
+    }
+    crate::fail_after(Step::Check)?;
+    let form = match *crate::module_parameters::add_resource.value_ref() {
+        true => Form::AddResource { start },
+        false => Form::Add,
+    };
+    let device: &'bound pci::Device<Bound> = pdev;
+    Gpu::new(device, form, address(pdev), vram)
+}

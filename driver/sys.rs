@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Safe abstractions over what else the kernel crate lacks: memory that the CPU reaches VRAM through, PCI BARs, device nodes, and
+//! lending something that will be taken away.
+
+pub(crate) mod gate;
+pub(crate) mod mapping;
+pub(crate) mod node;
+pub(crate) mod pci;
+
+/// The kernel's own, as bindgen gives them: those of the kernel crate, and those that it lacks.
+#[allow(
+    clippy::all,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn
+)]
+pub(crate) mod bindings {
+    pub(crate) use kernel::bindings::*;
+    mod generated {
+        include!("sys/bindings_generated.rs");
+    }
+    pub(crate) use generated::*;
+}

@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the kernel crate's own bindings lack: read by bindgen with the kernel's flags (see Kbuild).
+ *
+ * The declarations are functions that C has as macros or inline only; helpers.c defines them.
+ */
+#ifndef HMM_GPU_BINDINGS_H
+#define HMM_GPU_BINDINGS_H
+
+#include <linux/device.h>
+#include <linux/hmm.h>
+#include <linux/io.h>
+#include <linux/ioport.h>
+#include <linux/memory_hotplug.h>
+#include <linux/memremap.h>
+#include <linux/migrate.h>
+#include <linux/mm.h>
+#include <linux/mmu_notifier.h>
+#include <linux/pci.h>
+#include <linux/vmalloc.h>
+
+/* pages and folios */
+void *hmm_gpu_pfn_address(unsigned long pfn);
+struct page *hmm_gpu_pfn_to_page(unsigned long pfn);
+unsigned long hmm_gpu_folio_pfn(const struct folio *folio);
+unsigned int hmm_gpu_folio_order(const struct folio *folio);
+struct folio *hmm_gpu_page_folio(struct page *page);
+struct folio *hmm_gpu_folio_alloc(unsigned int order);
+void hmm_gpu_folio_lock(struct folio *folio);
+void hmm_gpu_folio_unlock(struct folio *folio);
+void hmm_gpu_folio_put(struct folio *folio);
+bool hmm_gpu_folio_is_device_private(const struct folio *folio);
+struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio);
+void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order);
+void hmm_gpu_copy_page(void *to, const void *from);
+void hmm_gpu_clear_page(void *to);
+void hmm_gpu_wmb(void);
+
+/* page maps */
+void hmm_gpu_release_mem_region(struct device *dev, resource_size_t start, resource_size_t size);
+bool hmm_gpu_is_pagemap(unsigned long pfn);
+bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size);
+
+/* address spaces */
+bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma);
+int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm);
+void hmm_gpu_mmap_read_unlock(struct mm_struct *mm);
+unsigned long hmm_gpu_task_size(void);
+void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq);
+
+/* PCI */
+unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar);
+int hmm_gpu_pci_domain_nr(struct pci_dev *pdev);
+
+#endif

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Functions of the kernel that C has as macros or inline only, for Rust to call. */
+
+#include "bindings.h"
+
+#include <linux/pagemap.h>
+
+void *hmm_gpu_pfn_address(unsigned long pfn)
+{
+	return page_address(pfn_to_page(pfn));
+}
+
+struct page *hmm_gpu_pfn_to_page(unsigned long pfn)
+{
+	return pfn_to_page(pfn);
+}
+
+unsigned long hmm_gpu_folio_pfn(const struct folio *folio)
+{
+	return folio_pfn(folio);
+}
+
+unsigned int hmm_gpu_folio_order(const struct folio *folio)
+{
+	return folio_order(folio);
+}
+
+struct folio *hmm_gpu_page_folio(struct page *page)
+{
+	return page_folio(page);
+}
+
+struct folio *hmm_gpu_folio_alloc(unsigned int order)
+{
+	return folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOWARN, order);
+}
+
+void hmm_gpu_folio_lock(struct folio *folio)
+{
+	folio_lock(folio);
+}
+
+void hmm_gpu_folio_unlock(struct folio *folio)
+{
+	folio_unlock(folio);
+}
+
+void hmm_gpu_folio_put(struct folio *folio)
+{
+	folio_put(folio);
+}
+
+bool hmm_gpu_folio_is_device_private(const struct folio *folio)
+{
+	return folio_is_device_private(folio);
+}
+
+struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio)
+{
+	return folio->pgmap;
+}
+
+void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order)
+{
+	zone_device_folio_init(folio, pgmap, order);
+}
+
+void hmm_gpu_copy_page(void *to, const void *from)
+{
+	copy_page(to, (void *)from);
+}
+
+void hmm_gpu_clear_page(void *to)
+{
+	clear_page(to);
+}
+
+void hmm_gpu_wmb(void)
+{
+	wmb();
+}
+
+void hmm_gpu_release_mem_region(struct device *dev, resource_size_t start, resource_size_t size)
+{
+	devm_release_mem_region(dev, start, size);
+}
+
+bool hmm_gpu_is_pagemap(unsigned long pfn)
+{
+	struct dev_pagemap *pgmap = get_dev_pagemap(pfn);
+
+	put_dev_pagemap(pgmap);
+	return pgmap;
+}
+
+bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size)
+{
+	return region_intersects(start, size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) != REGION_DISJOINT;
+}
+
+bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma)
+{
+	return vma_is_anonymous((struct vm_area_struct *)vma);
+}
+
+int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm)
+{
+	return mmap_read_lock_killable(mm);
+}
+
+void hmm_gpu_mmap_read_unlock(struct mm_struct *mm)
+{
+	mmap_read_unlock(mm);
+}
+
+unsigned long hmm_gpu_task_size(void)
+{
+	return TASK_SIZE;
+}
+
+void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq)
+{
+	mmu_interval_set_seq(notifier, seq);
+}
+
+unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar)
+{
+	return pci_resource_flags(pdev, bar);
+}
+
+int hmm_gpu_pci_domain_nr(struct pci_dev *pdev)
+{
+	return pci_domain_nr(pdev->bus);
+}

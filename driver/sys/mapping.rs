@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory that the CPU reaches VRAM through.
+
+use crate::{
+    hmm::{
+        folio::{SourceFolio, SystemFolio},
+        PAGE_BYTES,
+    },
+    sys::bindings,
+};
+use core::ptr::NonNull;
+use kernel::prelude::*;
+
+/// Says that what this task stored to any [`Mapping`] before is there for everybody: write-combined stores too.
+///
+/// What publishes a page asks for one, so that the barrier cannot be forgotten.
+pub(crate) struct Written(());
+
+impl Written {
+    /// Waits for the stores (`wmb`).
+    pub(crate) fn wait() -> Self {
+        // SAFETY: Always fine to call.
+        unsafe { bindings::hmm_gpu_wmb() };
+        Self(())
+    }
+}
+
+enum Kind {
+    /// Of a BAR, write-combined, by `memremap`.
+    WriteCombined,
+    /// Of system memory, by `vzalloc`.
+    System,
+}
+
+/// Bytes that the CPU can reach as memory, and that more than one may access at a time.
+///
+/// Offsets and lengths are in bytes. What does not lie inside is `EINVAL`.
+///
+/// # Invariants
+///
+/// The `len` bytes from `base` on are mapped for reading and writing until this is dropped; `base` and `len` are multiples of
+/// the page size.
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    kind: Kind,
+}
+
+// SAFETY: The mapping is the kernel's, not a task's.
+unsafe impl Send for Mapping {}
+// SAFETY: All accesses are through raw pointers, and nothing assumes that others do not write.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps physical addresses of a device write-combined.
+    ///
+    /// To be done before the same addresses become device pages: afterwards the mapping would silently be uncached.
+    ///
+    /// # Safety
+    ///
+    /// The `len` bytes from `start` on are a prefetchable memory BAR (or part of one) that the caller has requested, and that
+    /// stays requested and enabled until the mapping is dropped.
+    pub(super) unsafe fn write_combined(start: u64, len: usize) -> Result<Self> {
+        if start % PAGE_BYTES as u64 != 0 || len % PAGE_BYTES != 0 {
+            return Err(EINVAL);
+        }
+        // SAFETY: The addresses are the caller's, by the safety requirements.
+        let base = unsafe { bindings::memremap(start, len, bindings::MEMREMAP_WC as _) };
+        // INVARIANT: Just mapped, at a page boundary.
+        Ok(Self {
+            base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
+            len,
+            kind: Kind::WriteCombined,
+        })
+    }
+
+    /// Allocates zeroed system memory.
+    pub(crate) fn system(len: usize) -> Result<Self> {
+        if len % PAGE_BYTES != 0 {
+            return Err(EINVAL);
+        }
+        // SAFETY: Always fine to call where sleeping is.
+        let base = unsafe { bindings::vzalloc_noprof(len as _) };
+        // INVARIANT: `vzalloc` gives whole pages.
+        Ok(Self {
+            base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
+            len,
+            kind: Kind::System,
+        })
+    }
+
+    /// Bytes that there are.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The `len` bytes at `offset`.
+    fn at(&self, offset: usize, len: usize) -> Result<*mut u8> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(EINVAL);
+        }
+        // SAFETY: Inside the mapping, as just checked.
+        Ok(unsafe { self.base.as_ptr().add(offset) })
+    }
+
+    /// The pages of `len` bytes at `offset`, which is a page boundary.
+    fn pages(&self, offset: usize, len: usize) -> Result<impl Iterator<Item = (usize, *mut u8)>> {
+        if offset % PAGE_BYTES != 0 {
+            return Err(EINVAL);
+        }
+        let base = self.at(offset, len)?;
+        // SAFETY: Inside the mapping, as just checked.
+        Ok((0..len).step_by(PAGE_BYTES).map(move |done| (done, unsafe { base.add(done) })))
+    }
+
+    /// Copies a folio into the pages at `offset`.
+    pub(crate) fn write_folio(&self, offset: usize, from: &SourceFolio<'_>) -> Result {
+        let source = from.as_ptr().as_ptr();
+        for (done, page) in self.pages(offset, from.len())? {
+            // SAFETY: A page of the mapping, and a page of the folio.
+            unsafe { bindings::hmm_gpu_copy_page(page.cast(), source.add(done).cast()) };
+        }
+        Ok(())
+    }
+
+    /// Copies the pages at `offset` into a folio.
+    pub(crate) fn read_folio(&self, offset: usize, to: &mut SystemFolio) -> Result {
+        let len = to.len();
+        let target = to.as_mut_ptr().as_ptr();
+        for (done, page) in self.pages(offset, len)? {
+            // SAFETY: A page of the folio, which is ours alone, and a page of the mapping.
+            unsafe { bindings::hmm_gpu_copy_page(target.add(done).cast(), page.cast()) };
+        }
+        Ok(())
+    }
+
+    /// Fills `len` bytes (whole pages) at `offset` with zeroes.
+    pub(crate) fn zero(&self, offset: usize, len: usize) -> Result {
+        for (_, page) in self.pages(offset, len)? {
+            // SAFETY: A page of the mapping.
+            unsafe { bindings::hmm_gpu_clear_page(page.cast()) };
+        }
+        Ok(())
+    }
+
+    /// Reads a word.
+    pub(crate) fn read_u64(&self, offset: usize) -> Result<u64> {
+        if offset % size_of::<u64>() != 0 {
+            return Err(EINVAL);
+        }
+        // SAFETY: Inside the mapping, and aligned since the mapping begins at a page boundary.
+        Ok(unsafe { self.at(offset, size_of::<u64>())?.cast::<u64>().read_volatile() })
+    }
+
+    /// Writes a word.
+    pub(crate) fn write_u64(&self, offset: usize, value: u64) -> Result {
+        if offset % size_of::<u64>() != 0 {
+            return Err(EINVAL);
+        }
+        // SAFETY: As for reading.
+        unsafe { self.at(offset, size_of::<u64>())?.cast::<u64>().write_volatile(value) };
+        Ok(())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let base = self.base.as_ptr().cast();
+        // SAFETY: Made by the matching function, and not used any more.
+        match self.kind {
+            Kind::WriteCombined => unsafe { bindings::memunmap(base) },
+            Kind::System => unsafe { bindings::vfree(base) },
+        }
+    }
+}

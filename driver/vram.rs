@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! VRAM: the bytes, wherever they come from.
+
+#![forbid(unsafe_code)]
+
+use crate::sys::{mapping::Mapping, pci::Bar};
+use core::ops::Deref;
+use kernel::prelude::*;
+
+/// The VRAM of a device. Offsets into it are in bytes.
+pub(crate) enum Vram {
+    /// A memory BAR of a PCI device.
+    Pci(Bar),
+    /// System memory that stands in for it.
+    Soft(Mapping),
+}
+
+impl Deref for Vram {
+    type Target = Mapping;
+
+    fn deref(&self) -> &Mapping {
+        match self {
+            Vram::Pci(bar) => bar,
+            Vram::Soft(mapping) => mapping,
+        }
+    }
+}
+
+impl Vram {
+    /// Whether the memory keeps what is written to it: writes to places that differ in one address bit each, and to the last
+    /// word, and reads all back. `Err` has the offset that read wrong and what it read.
+    ///
+    /// Destroys what was there.
+    pub(crate) fn check(&self) -> Result<core::result::Result<(), (usize, u64)>> {
+        const WORD: usize = size_of::<u64>();
+
+        let last = self.len() - WORD;
+        let places = || {
+            let powers = (WORD.ilog2()..usize::BITS).map(|bit| 1usize << bit).take_while(move |&place| place < last);
+            Iterator::chain([0, last].into_iter(), powers)
+        };
+        // Every place has a value of its own, and then the opposite of it: an address line that is missing, and a bit that is
+        // stuck, show.
+        for flip in [0, u64::MAX] {
+            // CAST: Widens.
+            let value = |place: usize| (place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x6873_6d2d_6770_7531 ^ flip;
+            for place in places() {
+                self.write_u64(place, value(place))?;
+            }
+            for place in places() {
+                let found = self.read_u64(place)?;
+                if found != value(place) {
+                    return Ok(Err((place, found)));
+                }
+            }
+        }
+        Ok(Ok(()))
+    }
+}

@@ -1,0 +1,126 @@
+//! What a device has done.
+
+use std::ops::Sub;
+
+use crate::uapi::hmm_gpu_counters;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What a device has done since it was bound, for all processes, in pages unless a field says otherwise.
+        ///
+        /// All but `live_pages` only grow, so `after - before` is what happened in between:
+        ///
+        /// ```no_run
+        /// # fn main() -> Result<(), hmm_gpu::Error> {
+        /// # let device = hmm_gpu::Device::open(0)?;
+        /// let before = device.counters()?;
+        /// // ... work ...
+        /// let work = device.counters()? - before;
+        /// println!("{} pages came back by CPU touch", work.fault_back_pages);
+        /// # Ok(())
+        /// # }
+        /// ```
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct Counters {
+            /// Pages of VRAM in use now. A difference keeps the minuend's: it is a level, not a sum.
+            pub live_pages: u64,
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            pub(crate) fn from_uapi(answer: &hmm_gpu_counters) -> Self {
+                Self { live_pages: answer.live_pages, $($name: answer.$name,)* }
+            }
+
+            /// Every counter with its name, in the order of the interface.
+            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [("live_pages", self.live_pages), $((stringify!($name), self.$name),)*].into_iter()
+            }
+        }
+
+        /// What was done between two looks. 0 where the second is the smaller: the device was bound anew.
+        impl Sub for Counters {
+            type Output = Self;
+
+            fn sub(self, before: Self) -> Self {
+                Self { live_pages: self.live_pages, $($name: self.$name.saturating_sub(before.$name),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Pages of VRAM taken into use: `freed_pages + live_pages` whenever nothing is under way.
+    allocated_pages,
+    /// Pages of VRAM given back, for whatever reason.
+    freed_pages,
+    /// Moved to the device on request.
+    to_device_pages,
+    /// Those of them that were never touched before, and arrived as zeroes.
+    populated_pages,
+    /// Moved to the system on request.
+    to_system_pages,
+    /// Moved to the system because the CPU touched them.
+    fault_back_pages,
+    /// Moved to the system because the device went away.
+    evicted_pages,
+    /// CPU faults on pages of the device, in faults.
+    cpu_faults,
+    /// CPU faults that found the page busy and were taken again, in faults.
+    cpu_fault_retries,
+    /// Collected for a move that the kernel then refused: pinned, or a race was lost.
+    refused_pages,
+    /// Moves that found no VRAM, in moves.
+    vram_failures,
+    /// Moves that found no system memory, in moves.
+    system_failures,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A structure whose every word is its own position, so that no two fields can be taken for each other.
+    fn numbered() -> hmm_gpu_counters {
+        let words: Vec<u64> = (0..size_of::<hmm_gpu_counters>() as u64 / 8).collect();
+        bytemuck::pod_read_unaligned(bytemuck::cast_slice(&words))
+    }
+
+    #[test]
+    fn every_counter_is_decoded_and_in_its_place() {
+        let decoded: Vec<u64> = Counters::from_uapi(&numbered())
+            .iter()
+            .map(|(_, value)| value)
+            .collect();
+        // Word 0 is `flags`, and six words at the end are reserved.
+        let fields = size_of::<hmm_gpu_counters>() as u64 / 8 - 6;
+        assert_eq!(decoded, (1..fields).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_difference_is_what_happened_in_between() {
+        let before = Counters {
+            live_pages: 9,
+            to_device_pages: 10,
+            freed_pages: 7,
+            ..Default::default()
+        };
+        let after = Counters {
+            live_pages: 3,
+            to_device_pages: 15,
+            freed_pages: 0,
+            ..Default::default()
+        };
+        let work = after - before;
+        assert_eq!(
+            work,
+            Counters {
+                live_pages: 3,
+                to_device_pages: 5,
+                freed_pages: 0,
+                ..Default::default()
+            }
+        );
+    }
+}

@@ -1,0 +1,381 @@
+//! What can go wrong, and what to do then.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use crate::{Bytes, Moved, Target};
+
+/// What can go wrong. The text says what was attempted, with its values, what the system answered, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no device node, or none that can be used.
+    #[error(
+        "no device of the driver hmm_gpu: is the module loaded (`modprobe hmm_gpu`), and a GPU bound to it or a soft device made?"
+    )]
+    NoDevice,
+
+    /// There is no such unit: nodes are `/dev/hmm_gpu0` to `/dev/hmm_gpu31`.
+    #[error("there is no device {unit}: units are 0 to {}", crate::uapi::HMM_GPU_MAX_DEVICES - 1)]
+    NoSuchUnit {
+        /// The unit asked for.
+        unit: u32,
+    },
+
+    /// A device node could not be opened.
+    #[error("cannot open {}: {}", .path.display(), open_reason(*.errno))]
+    Open {
+        /// The device node.
+        path: PathBuf,
+        /// The system's answer.
+        errno: Errno,
+    },
+
+    /// What was opened belongs to something else.
+    #[error("{} is not a device of the driver hmm_gpu; `Device::list` finds those that are there", .path.display())]
+    NotADevice {
+        /// What was opened.
+        path: PathBuf,
+    },
+
+    /// The driver is older than this library.
+    #[error(
+        "the driver of {} has interface {found}, this library needs {needed}: load the hmm_gpu module of the same release",
+        .path.display()
+    )]
+    DriverTooOld {
+        /// The device node.
+        path: PathBuf,
+        /// The driver's interface version.
+        found: u32,
+        /// The oldest that this library can work with.
+        needed: u32,
+    },
+
+    /// The driver refused a call or did not finish it.
+    #[error("{attempt} on {}: {}", .path.display(), call_reason(.attempt, *.errno))]
+    Call {
+        /// The device node.
+        path: PathBuf,
+        /// What was asked.
+        attempt: Attempt,
+        /// The driver's answer.
+        errno: Errno,
+    },
+
+    /// The driver answered what its interface does not allow. A bug in the driver.
+    #[error("{attempt} on {}: the driver answered {problem}; please report this", .path.display())]
+    Answer {
+        /// The device node.
+        path: PathBuf,
+        /// What was asked.
+        attempt: Attempt,
+        /// What is wrong with the answer.
+        problem: &'static str,
+    },
+
+    /// There is no system memory, or no room in the address space.
+    #[error("cannot have {values} values of {value_bytes} bytes: {errno}")]
+    Memory {
+        /// How many values.
+        values: usize,
+        /// Bytes of each.
+        value_bytes: usize,
+        /// The system's answer.
+        errno: Errno,
+    },
+}
+
+/// What was asked of the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Attempt {
+    /// To describe the device.
+    Describe,
+    /// To tell what it has done.
+    Counters,
+    /// To tell where pages are.
+    Residency {
+        /// First byte of the range.
+        addr: usize,
+        /// Its length in bytes.
+        bytes: usize,
+    },
+    /// To move pages.
+    Move {
+        /// First byte of the range.
+        addr: usize,
+        /// Its length in bytes.
+        bytes: usize,
+        /// Where to.
+        target: Target,
+        /// How far it came: this is done and stays so.
+        moved: Moved,
+    },
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Attempt::Describe => f.write_str("describing the device"),
+            Attempt::Counters => f.write_str("reading the counters"),
+            Attempt::Residency { addr, bytes } => {
+                write!(f, "looking where {} at {addr:#x} are", exact(bytes))
+            }
+            Attempt::Move {
+                addr,
+                bytes,
+                target,
+                ..
+            } => {
+                write!(f, "moving {} at {addr:#x} to {target}", exact(bytes))
+            }
+        }
+    }
+}
+
+impl Error {
+    /// The system's or the driver's error number, if there is one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Error::Open { errno, .. } | Error::Call { errno, .. } | Error::Memory { errno, .. } => {
+                Some(*errno)
+            }
+            _ => None,
+        }
+    }
+
+    /// How far a move came before it failed. What was moved stays moved.
+    pub fn moved(&self) -> Option<Moved> {
+        match self {
+            Error::Call {
+                attempt: Attempt::Move { moved, .. },
+                ..
+            }
+            | Error::Answer {
+                attempt: Attempt::Move { moved, .. },
+                ..
+            } => Some(*moved),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn call(path: &Path, attempt: Attempt, errno: Errno) -> Self {
+        tracing::debug!(path = %path.display(), %attempt, %errno, "refused");
+        Error::Call {
+            path: path.to_owned(),
+            attempt,
+            errno,
+        }
+    }
+
+    pub(crate) fn answer(path: &Path, attempt: Attempt, problem: &'static str) -> Self {
+        tracing::error!(path = %path.display(), %attempt, problem, "the driver breaks its interface");
+        Error::Answer {
+            path: path.to_owned(),
+            attempt,
+            problem,
+        }
+    }
+}
+
+/// Keeps the error number, so that programs that speak `io::Error` can go on with it.
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        let kind = error
+            .errno()
+            .map_or(std::io::ErrorKind::Other, |errno| errno.kind());
+        std::io::Error::new(kind, error)
+    }
+}
+
+/// A length that was given: its number too where the short form does not give all of it.
+fn exact(bytes: usize) -> String {
+    let short = Bytes(bytes as u64).to_string();
+    if bytes < 1024 || (bytes % 1024 == 0 && !short.contains('.')) {
+        short
+    } else {
+        format!("{short} ({bytes:#x})")
+    }
+}
+
+fn open_reason(errno: Errno) -> String {
+    let todo = match errno {
+        Errno::NOENT | Errno::NXIO => {
+            "there is no such device; is the module loaded and the device bound?"
+        }
+        Errno::NODEV => "the device has been unbound",
+        Errno::ACCESS | Errno::PERM => "you may not; the node is for the group `render`",
+        Errno::MFILE | Errno::NFILE => "too many files are open",
+        _ => "the system does not say more",
+    };
+    format!("{todo} ({errno})")
+}
+
+fn call_reason(attempt: &Attempt, errno: Errno) -> String {
+    let (why, todo) = match errno {
+        Errno::NOSPC => (
+            "no VRAM left",
+            "move other memory back with `Target::System`, or use another device",
+        ),
+        Errno::NOMEM => ("no system memory left", "free some, then repeat the call"),
+        Errno::FAULT => (
+            "nothing is mapped there, or it is outside of user space",
+            "check address and length",
+        ),
+        Errno::INVAL => (
+            "the driver does not take these values",
+            "address and length are whole pages, at least one",
+        ),
+        Errno::PERM => (
+            "this file was opened by another process",
+            "open the device again after `fork` and `execve`",
+        ),
+        Errno::NODEV => (
+            "the device has been unbound",
+            "what was in its VRAM is in system memory now; open another device",
+        ),
+        Errno::BUSY => (
+            "the pages kept changing",
+            "repeat the call when less is going on",
+        ),
+        Errno::INTR => ("a signal came", "repeat the call"),
+        Errno::NOTTY => (
+            "the driver has no such call",
+            "load the hmm_gpu module of the same release",
+        ),
+        _ => return format!("{errno}{}", progress(attempt)),
+    };
+    format!("{why}{}; {todo} ({errno})", progress(attempt))
+}
+
+fn progress(attempt: &Attempt) -> String {
+    match attempt {
+        Attempt::Move { moved, .. } => format!(" ({moved} before that)"),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moving(moved: Moved, errno: Errno) -> Error {
+        let (addr, bytes) = (0x7f12_3456_7000, 16 << 20);
+        let attempt = Attempt::Move {
+            addr,
+            bytes,
+            target: Target::Device,
+            moved,
+        };
+        Error::Call {
+            path: "/dev/hmm_gpu0".into(),
+            attempt,
+            errno,
+        }
+    }
+
+    #[test]
+    fn a_full_device_is_told_with_the_progress_and_a_way_out() {
+        let error = moving(
+            Moved {
+                moved: 8 << 20,
+                already: 4096,
+                ..Default::default()
+            },
+            Errno::NOSPC,
+        );
+        assert_eq!(
+            error.to_string(),
+            "moving 16 MiB at 0x7f1234567000 to VRAM on /dev/hmm_gpu0: no VRAM left (8 MiB moved, 4 KiB there already \
+             before that); move other memory back with `Target::System`, or use another device (No space left on device \
+             (os error 28))"
+        );
+        assert_eq!(error.errno(), Some(Errno::NOSPC));
+        assert_eq!(error.moved().map(|moved| moved.moved), Some(8 << 20));
+    }
+
+    #[test]
+    fn a_file_of_another_process_is_told_as_such() {
+        let text = moving(Moved::default(), Errno::PERM).to_string();
+        assert!(
+            text.contains("this file was opened by another process"),
+            "{text}"
+        );
+        assert!(
+            text.contains("open the device again after `fork` and `execve`"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn every_documented_error_says_what_to_do() {
+        use Errno as E;
+        let documented = [
+            E::INVAL,
+            E::FAULT,
+            E::NOSPC,
+            E::NOMEM,
+            E::INTR,
+            E::NODEV,
+            E::PERM,
+            E::BUSY,
+            E::NOTTY,
+        ];
+        for errno in documented {
+            let text =
+                Error::call(Path::new("/dev/hmm_gpu1"), Attempt::Counters, errno).to_string();
+            assert!(
+                text.starts_with("reading the counters on /dev/hmm_gpu1: "),
+                "{text}"
+            );
+            assert!(text.contains("; "), "{text}");
+            assert!(text.contains("(os error "), "{text}");
+        }
+    }
+
+    #[test]
+    fn lengths_that_a_short_form_hides_are_given_in_full() {
+        assert_eq!(exact(4096), "4 KiB");
+        assert_eq!(exact(17), "17 bytes");
+        assert_eq!(exact(4097), "4 KiB (0x1001)");
+        assert_eq!(exact((6 << 20) + (1 << 19)), "6.5 MiB (0x680000)");
+    }
+
+    #[test]
+    fn errors_before_any_call_name_the_device() {
+        let path = || PathBuf::from("/dev/hmm_gpu3");
+        let text = Error::Open {
+            path: path(),
+            errno: Errno::ACCESS,
+        }
+        .to_string();
+        assert!(
+            text.contains("/dev/hmm_gpu3") && text.contains("group `render`"),
+            "{text}"
+        );
+        let text = Error::DriverTooOld {
+            path: path(),
+            found: 0,
+            needed: 1,
+        }
+        .to_string();
+        assert!(
+            text.contains("/dev/hmm_gpu3 has interface 0, this library needs 1"),
+            "{text}"
+        );
+        assert_eq!(
+            Error::NoSuchUnit { unit: 32 }.to_string(),
+            "there is no device 32: units are 0 to 31"
+        );
+    }
+
+    #[test]
+    fn an_io_error_keeps_the_kind_and_the_text() {
+        let error = std::io::Error::from(moving(Moved::default(), Errno::NOSPC));
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+        assert!(error.to_string().contains("/dev/hmm_gpu0"));
+    }
+}

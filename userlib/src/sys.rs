@@ -1,0 +1,204 @@
+//! The driver's calls as they are, and the memory maps behind [`SharedBuf`](crate::SharedBuf).
+//!
+//! All unsafe code of the crate is in this module. Programs want [`Device`](crate::Device); this level is for tests of the
+//! driver and for bindings: [`File`] passes a structure to the driver exactly as it is given, once, and hands back the
+//! driver's own error.
+
+pub(crate) mod mapping;
+
+use std::ffi::c_void;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{self, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
+
+use crate::uapi;
+
+/// An open file on `/dev/hmm_gpuN`.
+///
+/// # Invariants
+///
+/// The descriptor is of a character device that, as far as `/sys` can tell, belongs to the driver.
+#[derive(Debug)]
+pub struct File {
+    fd: OwnedFd,
+}
+
+/// Why a path could not be opened as a device of the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OpenError {
+    /// The system's error.
+    System(Errno),
+    /// It opened, but it is something else.
+    NotADevice,
+}
+
+impl File {
+    /// Opens a device node, for reading and writing and not to be inherited by `execve`.
+    ///
+    /// An ioctl number means something else to every driver. So what was opened is looked at before the first call.
+    pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
+        let fd = rustix::io::retry_on_intr(|| {
+            fs::open(
+                path,
+                OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOCTTY,
+                Mode::empty(),
+            )
+        })
+        .map_err(OpenError::System)?;
+        let stat = fs::fstat(&fd).map_err(OpenError::System)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice {
+            return Err(OpenError::NotADevice);
+        }
+        let (major, minor) = (fs::major(stat.st_rdev), fs::minor(stat.st_rdev));
+        match std::fs::read_to_string(format!("/sys/dev/char/{major}:{minor}/uevent")) {
+            Ok(uevent) if !names_the_driver(&uevent) => Err(OpenError::NotADevice),
+            // A container may have no /sys. Then the driver's answer to the first call tells.
+            _ => Ok(Self { fd }),
+        }
+    }
+
+    /// `QUERY`.
+    pub fn query(&self, argument: &mut uapi::hmm_gpu_query) -> Result<(), Errno> {
+        // SAFETY: the number carries the size of the structure (checked in `uapi`), which is all that the driver reads and
+        // writes; any bit pattern is a valid one (`Pod`).
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_QUERY,
+                (argument as *mut uapi::hmm_gpu_query).cast(),
+            )
+        }
+    }
+
+    /// `MIGRATE`. Safe for any argument: the driver checks it, and moving pages changes neither addresses nor bytes.
+    pub fn migrate(&self, argument: &mut uapi::hmm_gpu_migrate) -> Result<(), Errno> {
+        // SAFETY: as in `query`. Of the memory that the range names only its place changes.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_MIGRATE,
+                (argument as *mut uapi::hmm_gpu_migrate).cast(),
+            )
+        }
+    }
+
+    /// `COUNTERS`.
+    pub fn counters(&self, argument: &mut uapi::hmm_gpu_counters) -> Result<(), Errno> {
+        // SAFETY: as in `query`.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_COUNTERS,
+                (argument as *mut uapi::hmm_gpu_counters).cast(),
+            )
+        }
+    }
+
+    /// `RESIDENCY`, into `bytes`: the `bytes_ptr` of the argument is set here.
+    ///
+    /// Answers `EINVAL` without a call if `bytes` has not one byte for each page that `len` begins.
+    pub fn residency(
+        &self,
+        argument: &mut uapi::hmm_gpu_residency,
+        bytes: &mut [u8],
+    ) -> Result<(), Errno> {
+        if (bytes.len() as u64) < argument.len.div_ceil(uapi::HMM_GPU_PAGE_BYTES) {
+            return Err(Errno::INVAL);
+        }
+        argument.bytes_ptr = bytes.as_mut_ptr() as u64;
+        // SAFETY: as in `query`. The driver also writes `len / HMM_GPU_PAGE_BYTES` bytes at `bytes_ptr`, which is inside
+        // `bytes` by the check above.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_RESIDENCY,
+                (argument as *mut uapi::hmm_gpu_residency).cast(),
+            )
+        }
+    }
+
+    /// Any call with any argument, for tests of what the driver refuses. Made once, also if a signal interrupts it.
+    ///
+    /// # Safety
+    ///
+    /// If the driver takes `number`, then what it may write through `argument`, and through pointers in what `argument` points
+    /// to, must be this process's to change. An address that cannot be written (null, say) is safe: the driver answers `EFAULT`.
+    pub unsafe fn call(&self, number: u32, argument: *mut c_void) -> Result<(), Errno> {
+        let call = Call { number, argument };
+        // SAFETY: the descriptor is of this driver (invariant), and what it may write is the caller's promise.
+        unsafe { rustix::ioctl::ioctl(&self.fd, call) }
+    }
+}
+
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Whether a device's `uevent` file in `/sys` is that of one of the driver's nodes.
+fn names_the_driver(uevent: &str) -> bool {
+    uevent
+        .lines()
+        .filter_map(|line| line.strip_prefix("DEVNAME="))
+        .filter_map(|name| name.strip_prefix("hmm_gpu"))
+        .any(|unit| unit.parse::<u32>().is_ok())
+}
+
+/// One ioctl.
+struct Call {
+    number: u32,
+    argument: *mut c_void,
+}
+
+// SAFETY: number and pointer are passed on as they are, the output is not looked at, and the kernel may change what the
+// pointer points to (`IS_MUTATING`).
+unsafe impl Ioctl for Call {
+    type Output = ();
+
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        self.number
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        self.argument
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_of_the_driver_is_told_from_others_by_its_name() {
+        assert!(names_the_driver("MAJOR=10\nMINOR=120\nDEVNAME=hmm_gpu0\n"));
+        assert!(names_the_driver(
+            "MAJOR=10\nMINOR=99\nDEVNAME=hmm_gpu31\nDEVMODE=0660\n"
+        ));
+        assert!(!names_the_driver(
+            "MAJOR=1\nMINOR=3\nDEVNAME=null\nDEVMODE=0666\n"
+        ));
+        assert!(!names_the_driver(
+            "MAJOR=10\nMINOR=3\nDEVNAME=hmm_gpu_else\n"
+        ));
+        assert!(!names_the_driver("MAJOR=10\nMINOR=3\n"));
+    }
+
+    #[test]
+    fn what_is_no_device_at_all_is_refused_before_any_call() {
+        let file =
+            std::env::temp_dir().join(format!("hmm-gpu-not-a-device-{}", std::process::id()));
+        std::fs::write(&file, b"").unwrap();
+        assert_eq!(File::open(&file).unwrap_err(), OpenError::NotADevice);
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(
+            File::open(&file).unwrap_err(),
+            OpenError::System(Errno::NOENT)
+        );
+    }
+}

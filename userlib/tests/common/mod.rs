@@ -1,0 +1,118 @@
+//! What the tests in the virtual GPU host have in common. They run there only, see `bench/test`: they load the module, bind
+//! devices, and read what the kernel itself says.
+//!
+//! A test loads the module with a [`driver::Driver`], which proves at its end that nothing is left of it.
+
+// Every test program uses a part of this.
+#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+pub mod child;
+pub mod driver;
+pub mod kernel;
+pub mod memory;
+pub mod random;
+
+use std::time::{Duration, Instant};
+
+use hmm_gpu::{Device, Errno, Moved, Place, Target};
+
+use memory::{Span, PAGE};
+
+/// Moves all of a span to the device's VRAM, and proves that all of it went.
+#[track_caller]
+pub fn to_device(device: &Device, span: Span) -> Moved {
+    let moved = device
+        .prefetch_range(span.addr, span.bytes(), Target::Device)
+        .unwrap();
+    assert!(
+        moved.is_complete() && moved.total() == span.bytes() as u64,
+        "to VRAM: {moved}"
+    );
+    assert_place(device, span, Place::Device);
+    moved
+}
+
+/// Moves all of a span to system memory, and proves that none is left in VRAM.
+#[track_caller]
+pub fn to_system(device: &Device, span: Span) -> Moved {
+    let moved = device
+        .prefetch_range(span.addr, span.bytes(), Target::System)
+        .unwrap();
+    assert!(
+        moved.is_complete() && moved.total() == span.bytes() as u64,
+        "to system memory: {moved}"
+    );
+    let counts = places(device, span).counts();
+    assert_eq!(
+        (counts.device, counts.other_device),
+        (0, 0),
+        "left in VRAM: {counts}"
+    );
+    moved
+}
+
+/// Where the pages of a span are, as the driver says.
+#[track_caller]
+pub fn places(device: &Device, span: Span) -> hmm_gpu::Residency {
+    device.residency_range(span.addr, span.bytes()).unwrap()
+}
+
+/// Asserts where all pages of a span are, as the driver says and, independently, as the kernel says.
+#[track_caller]
+pub fn assert_place(device: &Device, span: Span, place: Place) {
+    let residency = places(device, span);
+    let wrong = residency
+        .pages()
+        .iter()
+        .position(|page| page.place() != place);
+    assert_eq!(wrong, None, "pages are not all in {place}: {residency}");
+    assert_witness(&residency);
+}
+
+/// Asserts that the kernel's `/proc/self/pagemap` says the same of every page.
+#[track_caller]
+pub fn assert_witness(residency: &hmm_gpu::Residency) {
+    let pages = residency.pages();
+    let witness = kernel::pagemap(std::process::id(), residency.addr(), pages.len());
+    for (i, (page, entry)) in pages.iter().zip(witness).enumerate() {
+        let agrees = match page.place() {
+            Place::None => entry == kernel::Entry::None,
+            Place::System => matches!(entry, kernel::Entry::Present { .. }),
+            Place::Device | Place::OtherDevice => {
+                matches!(entry, kernel::Entry::DevicePrivate { .. })
+            }
+        };
+        let addr = residency.addr() + i * PAGE;
+        assert!(
+            agrees,
+            "page {i} at {addr:#x}: the driver says {page:?}, the kernel {entry:?}"
+        );
+    }
+}
+
+/// The error of a call that must fail.
+#[track_caller]
+pub fn refused<T: std::fmt::Debug>(result: Result<T, hmm_gpu::Error>) -> Errno {
+    result.unwrap_err().errno().unwrap()
+}
+
+/// Counts as bytes, given in pages.
+pub fn moved(moved: usize, already: usize, skipped: usize, unmapped: usize) -> Moved {
+    let bytes = |pages: usize| (pages * PAGE) as u64;
+    Moved {
+        moved: bytes(moved),
+        already: bytes(already),
+        skipped: bytes(skipped),
+        unmapped: bytes(unmapped),
+    }
+}
+
+/// Waits until `holds`, which must be soon.
+#[track_caller]
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline, "it never came to this: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
