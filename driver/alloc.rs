@@ -2,15 +2,18 @@
 
 //! Which pages of VRAM are in use.
 //!
-//! The kernel's `GpuBuddy` hands out blocks of 2 MiB, and within them a bitmap hands out pages. Blocks that were taken stay with
-//! the bitmap, whose empty ones are used first. The buddy has a mutex; the bitmap has a spinlock that is taken with interrupts
-//! off, since pages are given back under page table locks. Lock order: none of the two is taken with the other held.
+//! The kernel's `GpuBuddy` hands out blocks of 2 MiB, and within them a bitmap hands out pages.
+//! Blocks that were taken stay with the bitmap, whose empty ones are used first. The buddy has a
+//! mutex; the bitmap has a spinlock that is taken with interrupts off, since pages are given back
+//! under page table locks. Lock order: none of the two is taken with the other held.
 
 #![forbid(unsafe_code)]
 
 use crate::bitmap::{Blocks, BLOCK_PAGES};
 use kernel::{
-    gpu::buddy::{AllocatedBlocks, GpuBuddy, GpuBuddyAllocFlags, GpuBuddyAllocMode, GpuBuddyParams},
+    gpu::buddy::{
+        AllocatedBlocks, GpuBuddy, GpuBuddyAllocFlags, GpuBuddyAllocMode, GpuBuddyParams,
+    },
     new_mutex, new_spinlock_irq,
     prelude::*,
     ptr::Alignment,
@@ -54,12 +57,15 @@ impl Allocator {
         }))
     }
 
-    /// Takes folios of `1 << order` pages: writes the index of the first page of each to `indices`, and returns how many there
-    /// were. Fewer than asked for means that there is no more room.
+    /// Takes folios of `1 << order` pages: writes the index of the first page of each to `indices`,
+    /// and returns how many there were. Fewer than asked for means that there is no more room.
     pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
         let mut got = 0;
         loop {
-            got += self.blocks.lock().take(order, indices.get_mut(got..).unwrap_or_default());
+            got += self
+                .blocks
+                .lock()
+                .take(order, indices.get_mut(got..).unwrap_or_default());
             if got == indices.len() || self.grow().is_err() {
                 return got;
             }
@@ -77,7 +83,11 @@ impl Allocator {
             ),
             GFP_KERNEL,
         )?;
-        let index = block.iter().next().map(|block| block.offset() / BLOCK_BYTES).ok_or(ENOSPC)?;
+        let index = block
+            .iter()
+            .next()
+            .map(|block| block.offset() / BLOCK_BYTES)
+            .ok_or(ENOSPC)?;
         self.taken.lock().push(block, GFP_KERNEL)?;
         self.blocks.lock().add(usize::try_from(index)?);
         Ok(())

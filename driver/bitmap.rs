@@ -34,12 +34,17 @@ impl Block {
         } else if run >= WORD_BITS {
             let words = run / WORD_BITS;
             let mut groups = self.in_use.chunks(words);
-            groups.position(|group| group.iter().all(|&word| word == 0)).map(|i| i * run)
+            groups
+                .position(|group| group.iter().all(|&word| word == 0))
+                .map(|i| i * run)
         } else {
             self.in_use.iter().enumerate().find_map(|(i, &word)| {
                 let mask = (1u64 << run) - 1;
                 let mut bits = (0..WORD_BITS).step_by(run);
-                (word != u64::MAX).then(|| bits.find(|bit| word >> bit & mask == 0)).flatten().map(|bit| i * WORD_BITS + bit)
+                (word != u64::MAX)
+                    .then(|| bits.find(|bit| word >> bit & mask == 0))
+                    .flatten()
+                    .map(|bit| i * WORD_BITS + bit)
             })
         }?;
         self.set(start, run, true);
@@ -96,17 +101,22 @@ impl Blocks {
 
     /// Notes that block `index` may have room.
     fn list(&mut self, index: usize) {
-        let block = self.blocks.get_mut(index).filter(|block| block.here && !block.listed);
+        let block = self
+            .blocks
+            .get_mut(index)
+            .filter(|block| block.here && !block.listed);
         // CAST: `new` has checked that there are not more blocks than that.
         if let Some(block) = block {
             block.listed = self.available.push_within_capacity(index as u32).is_ok();
         }
     }
 
-    /// Takes folios of `1 << order` pages until `indices` is full or there is no room, and returns how many.
+    /// Takes folios of `1 << order` pages until `indices` is full or there is no room, and returns
+    /// how many.
     pub(crate) fn take(&mut self, order: u32, indices: &mut [u32]) -> usize {
         let mut got = 0;
-        // Blocks with no room for this order but some for a smaller one are looked at once, from the last to the first.
+        // Blocks with no room for this order but some for a smaller one are looked at once, from
+        // the last to the first.
         let mut at = self.available.len();
         while got < indices.len() && at > 0 {
             let Some((&index, block)) = self

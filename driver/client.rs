@@ -2,8 +2,9 @@
 
 //! Clients: open files on `/dev/hmm_gpuN`, and their calls. `uapi.rs` is the reference for each.
 //!
-//! No copy to or from user space is made while the device is lent ([`Gate::enter`]): whoever can make such a copy wait could
-//! make unbind wait.
+//! Nothing that a process can make last is done while the device is lent ([`Gate::enter`]), for
+//! unbind waits for that: no copy to or from user space, and no waiting for a lock of its address
+//! space.
 
 #![forbid(unsafe_code)]
 
@@ -55,7 +56,10 @@ impl node::Client for Client {
 
     fn ioctl(self: Pin<&Self>, number: u32, argument: usize) -> Result {
         let current = current!();
-        let mm = current.mm().filter(|mm| mm.as_raw() == self.mm.as_raw()).ok_or(EPERM)?;
+        let mm = current
+            .mm()
+            .filter(|mm| mm.as_raw() == self.mm.as_raw())
+            .ok_or(EPERM)?;
         // For an answer that does not depend on the arguments once the device is gone.
         drop(self.gate.enter()?);
         match number & !SIZE_BITS {
@@ -78,7 +82,8 @@ impl Client {
     }
 
     fn counters(&self, number: u32, argument: usize) -> Result {
-        let (counters, user) = UserStructure::read::<hmm_gpu_counters>(number, argument, SMALLEST_COUNTERS)?;
+        let (counters, user) =
+            UserStructure::read::<hmm_gpu_counters>(number, argument, SMALLEST_COUNTERS)?;
         require(counters.flags == 0 && counters.reserved == [0; 6])?;
         let answer = {
             let map = self.gate.enter()?;
@@ -88,7 +93,8 @@ impl Client {
     }
 
     fn migrate(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
-        let (mut migrate, user) = UserStructure::read::<hmm_gpu_migrate>(number, argument, SMALLEST_MIGRATE)?;
+        let (mut migrate, user) =
+            UserStructure::read::<hmm_gpu_migrate>(number, argument, SMALLEST_MIGRATE)?;
         require(migrate.flags == 0 && migrate.reserved == [0; 2])?;
         let target = match migrate.target {
             uapi::HMM_GPU_TARGET_SYSTEM => Target::System,
@@ -97,10 +103,8 @@ impl Client {
         };
         let (start, end) = range(migrate.addr, migrate.len)?;
         let mut progress = Progress::default();
-        let result = {
-            let map = self.gate.enter()?;
-            Request::new(&map, &self.watch, target).and_then(|mut request| request.run(mm, start, end, &mut progress))
-        };
+        let result = Request::new(&self.gate, &self.watch, target)
+            .and_then(|mut request| request.run(mm, start, end, &mut progress));
         // CAST: All widen.
         migrate.done_bytes = progress.done as u64;
         migrate.moved_bytes = progress.moved as u64;
@@ -115,11 +119,16 @@ impl Client {
     fn residency(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
         const BATCH: usize = 512;
 
-        let (residency, _) = UserStructure::read::<hmm_gpu_residency>(number, argument, SMALLEST_RESIDENCY)?;
+        let (residency, _) =
+            UserStructure::read::<hmm_gpu_residency>(number, argument, SMALLEST_RESIDENCY)?;
         require(residency.flags == 0 && residency.reserved == [0; 2])?;
         let (start, end) = range(residency.addr, residency.len)?;
         let pages = (end - start) / PAGE_BYTES;
-        let mut writer = UserSlice::new(UserPtr::from_addr(usize::try_from(residency.bytes_ptr)?), pages).writer();
+        let mut writer = UserSlice::new(
+            UserPtr::from_addr(usize::try_from(residency.bytes_ptr)?),
+            pages,
+        )
+        .writer();
         let mut seen = KVec::from_elem(Seen::default(), BATCH.min(pages), GFP_KERNEL)?;
         let mut bytes = KVec::from_elem(0u8, BATCH.min(pages), GFP_KERNEL)?;
         for at in (start..end).step_by(BATCH * PAGE_BYTES) {
@@ -132,8 +141,8 @@ impl Client {
                 bytes.get_mut(..count).ok_or(EINVAL)?,
             );
             {
-                let map = self.gate.enter()?;
                 let lock = ReadLocked::new(mm)?;
+                let map = self.gate.enter()?;
                 self.watch.look::<DeviceMemory>(&lock, at, seen)?;
                 for (byte, seen) in bytes.iter_mut().zip(seen.iter()) {
                     *byte = place(&map, *seen);
@@ -157,11 +166,16 @@ fn place(map: &PageMap<DeviceMemory>, seen: Seen) -> u8 {
     } else {
         uapi::HMM_GPU_RESIDENT_SYSTEM
     };
-    let writable = if seen.is_writable() { uapi::HMM_GPU_RESIDENT_WRITABLE } else { 0 };
+    let writable = if seen.is_writable() {
+        uapi::HMM_GPU_RESIDENT_WRITABLE
+    } else {
+        0
+    };
     place | writable
 }
 
-/// Checks the range that a caller gave: not empty, page aligned and without wrapping (`EINVAL`), in user space (`EFAULT`).
+/// Checks the range that a caller gave: not empty, page aligned and without wrapping (`EINVAL`), in
+/// user space (`EFAULT`).
 fn range(addr: u64, len: u64) -> Result<(usize, usize)> {
     let (start, len) = (usize::try_from(addr)?, usize::try_from(len)?);
     require(start % PAGE_BYTES == 0 && len % PAGE_BYTES == 0 && len != 0)?;
@@ -195,7 +209,11 @@ struct UserStructure {
 
 impl UserStructure {
     /// Reads the structure that call `number` has at `argument`.
-    fn read<T: FromBytes + IntoBytes>(number: u32, argument: usize, smallest: usize) -> Result<(T, Self)> {
+    fn read<T: FromBytes + IntoBytes>(
+        number: u32,
+        argument: usize,
+        smallest: usize,
+    ) -> Result<(T, Self)> {
         let this = Self {
             address: UserPtr::from_addr(argument),
             size: _IOC_SIZE(number),
@@ -215,6 +233,8 @@ impl UserStructure {
     fn write<T: FromBytes + IntoBytes>(&self, mut value: T) -> Result {
         let known = self.size.min(size_of::<T>());
         let bytes = value.as_mut_bytes();
-        UserSlice::new(self.address, known).writer().write_slice(bytes.get(..known).unwrap_or_default())
+        UserSlice::new(self.address, known)
+            .writer()
+            .write_slice(bytes.get(..known).unwrap_or_default())
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Device memory: the device-private pages that stand for a device's VRAM. Page `i` of the page map is page `i` of the VRAM.
+//! Device memory: the device-private pages that stand for a device's VRAM. Page `i` of the page map
+//! is page `i` of the VRAM.
 
 #![forbid(unsafe_code)]
 
@@ -21,7 +22,8 @@ use kernel::{
     time::{delay::fsleep, Delta},
 };
 
-/// One owner for all page maps of the module: so a client of one device sees pages on another without moving them.
+/// One owner for all page maps of the module: so a client of one device sees pages on another
+/// without moving them.
 static OWNER: Owner<DeviceMemory> = Owner::new();
 
 /// What a device is, for those who ask.
@@ -47,7 +49,11 @@ pub(crate) struct DeviceMemory {
 
 impl DeviceMemory {
     /// For the first `bytes` of `vram`, a multiple of [`BLOCK_BYTES`].
-    pub(crate) fn new(identity: Identity, vram: Vram, alloc: impl PinInit<Allocator, Error>) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(
+        identity: Identity,
+        vram: Vram,
+        alloc: impl PinInit<Allocator, Error>,
+    ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             identity,
             vram,
@@ -56,7 +62,8 @@ impl DeviceMemory {
         })
     }
 
-    /// Takes VRAM for as many folios of `1 << order` pages as `indices` has room for, and returns how many there were.
+    /// Takes VRAM for as many folios of `1 << order` pages as `indices` has room for, and returns
+    /// how many there were.
     pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
         let got = self.alloc.take(order, indices);
         self.counters.allocated.add(got << order);
@@ -105,7 +112,8 @@ impl Ops for DeviceMemory {
     }
 
     fn folio_free(map: &PageMap<Self>, index: usize, order: u32) {
-        // Not zeroed here, under page table locks: what goes into the page next either overwrites all of it or zeroes it.
+        // Not zeroed here, under page table locks: what goes into the page next either overwrites
+        // all of it or zeroes it.
         map.data().give_back(index, order);
     }
 
@@ -114,7 +122,8 @@ impl Ops for DeviceMemory {
         counters.cpu_faults.add(1);
         let (mut src, mut dst) = ([0], [0]);
         let Ok(collected) = fault.collect(Entries::new(&mut src, &mut dst)) else {
-            // The kernel says this of a mapping that could not have had the page in the first place.
+            // The kernel says this of a mapping that could not have had the page in the first
+            // place.
             return FaultOutcome::Lost;
         };
         let outcome = move_to_system(collected, Cause::Fault);
@@ -143,7 +152,8 @@ impl Ops for DeviceMemory {
                 }
             }
             if moved == 0 {
-                // Somebody holds the pages for a moment (a fault, a fork, another migration), or there is no memory.
+                // Somebody holds the pages for a moment (a fault, a fork, another migration), or
+                // there is no memory.
                 fsleep(Delta::from_millis(PAUSE_MS));
                 waited += PAUSE_MS;
                 if waited % REPORT_MS == 0 {

@@ -23,8 +23,9 @@ use kernel::{
 
 /// A device that is in use. `D` is, or owns, what it is bound to.
 ///
-/// The fields are dropped in their order, which is the teardown: no new files; no new calls, and wait for those that run; evict,
-/// unregister the pages and let go of the VRAM; and last the number.
+/// The fields are dropped in their order, which is the teardown: no new files; no new calls, and
+/// wait for those that run; evict, unregister the pages and let go of the VRAM; and last the
+/// number.
 #[pin_data]
 pub(crate) struct Gpu<D: AsRef<Device<Bound>>> {
     #[pin]
@@ -47,7 +48,12 @@ pub(crate) enum Step {
 
 impl<D: AsRef<Device<Bound>>> Gpu<D> {
     /// Puts the VRAM of a device to use. `pci` is where the device is.
-    pub(crate) fn new(device: D, form: Form, pci: (u32, u32), vram: Vram) -> Result<impl PinInit<Self, Error>> {
+    pub(crate) fn new(
+        device: D,
+        form: Form,
+        pci: (u32, u32),
+        vram: Vram,
+    ) -> Result<impl PinInit<Self, Error>> {
         let unit = Unit::take()?;
         let identity = Identity {
             unit: unit.number(),
@@ -58,7 +64,12 @@ impl<D: AsRef<Device<Bound>>> Gpu<D> {
         let bytes = vram.len() as u64 / BLOCK_BYTES * BLOCK_BYTES;
         let alloc = Allocator::new(bytes)?;
         crate::fail_after(Step::Allocator)?;
-        let registered = Registered::new(device, form, bytes, DeviceMemory::new(identity, vram, alloc))?;
+        let registered = Registered::new(
+            device,
+            form,
+            bytes,
+            DeviceMemory::new(identity, vram, alloc),
+        )?;
         crate::fail_after(Step::PageMap)?;
         let memory = Lent::new(registered)?;
         let map: &PageMap<DeviceMemory> = memory.owner().lend();

@@ -2,17 +2,19 @@
 
 //! Safe abstractions over the kernel's HMM interfaces: device-private pages and their migration.
 //!
-//! No policy: what is moved, when and why is the business of the modules above. Written to be sent to `rust/kernel/` with
-//! mechanical changes only.
+//! No policy: what is moved, when and why is the business of the modules above. Written to be sent
+//! to `rust/kernel/` with mechanical changes only.
 //!
 //! How the pieces hold each other:
 //!
-//! - A [`pagemap::PageMap`] stands for the device pages of one device. [`pagemap::Registered`] owns it; dropping that evicts
-//!   ([`pagemap::Ops::evict_all`]), then unregisters, then frees, so a page map outlives every page of it.
-//! - A [`migrate::Collected`] is a migration between `migrate_vma_setup` and `migrate_vma_pages`; [`migrate::Moved`] one
-//!   between `migrate_vma_pages` and `migrate_vma_finalize`. Dropping either finalizes.
-//! - Folios that a migration may put pages into ([`folio::SystemFolio`], [`folio::DeviceFolio`]) are owned values: locked, and
-//!   given back when dropped.
+//! - A [`pagemap::PageMap`] stands for the device pages of one device. [`pagemap::Registered`] owns
+//!   it; dropping that evicts ([`pagemap::Ops::evict_all`]), then unregisters, then frees, so a
+//!   page map outlives every page of it.
+//! - A [`migrate::Collected`] is a migration between `migrate_vma_setup` and `migrate_vma_pages`;
+//!   [`migrate::Moved`] one between `migrate_vma_pages` and `migrate_vma_finalize`. Dropping either
+//!   finalizes.
+//! - Folios that a migration may put pages into ([`folio::SystemFolio`], [`folio::DeviceFolio`])
+//!   are owned values: locked, and given back when dropped.
 
 pub(crate) mod folio;
 pub(crate) mod migrate;

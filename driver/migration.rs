@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What moves, and what is counted: every migration of the driver goes through here, whether it was asked for, or a CPU fault or
-//! an eviction caused it.
+//! What moves, and what is counted: every migration of the driver goes through here, whether it was
+//! asked for, or a CPU fault or an eviction caused it.
 
 #![forbid(unsafe_code)]
 
 use crate::{
     bitmap::BLOCK_PAGES,
+    client::MemoryGate,
     devmem::DeviceMemory,
     hmm::{
         folio::SystemFolio,
@@ -19,7 +20,10 @@ use crate::{
     sys::mapping::Written,
 };
 use kernel::{
-    mm::{virt::VmaRef, MmWithUser},
+    mm::{
+        virt::{flags, VmaRef},
+        MmWithUser,
+    },
     prelude::*,
 };
 
@@ -42,7 +46,8 @@ pub(crate) enum Cause {
 pub(crate) struct Outcome {
     /// Moved.
     pub(crate) moved: usize,
-    /// The page at which memory for its new place was not to be had. Nothing from there on has moved.
+    /// The page at which memory for its new place was not to be had. Nothing from there on has
+    /// moved.
     pub(crate) without_memory: Option<usize>,
 }
 
@@ -106,16 +111,25 @@ pub(crate) fn move_to_system(mut collected: Collected<'_, DeviceMemory>, cause: 
     outcome
 }
 
-/// Moves what a migration has collected (system memory, and places never touched) to the VRAM of `map`.
+/// Moves what a migration has collected (system memory, and places never touched) to the VRAM of
+/// `map`.
 ///
 /// `room` has a place for an index for each page of the migration.
-fn move_to_device(map: &PageMap<DeviceMemory>, mut collected: Collected<'_, DeviceMemory>, room: &mut [u32]) -> Outcome {
+fn move_to_device(
+    map: &PageMap<DeviceMemory>,
+    mut collected: Collected<'_, DeviceMemory>,
+    room: &mut [u32],
+) -> Outcome {
     let memory = map.data();
     let mut outcome = Outcome::default();
-    // Device memory that the CPU can address is a source too, and stays where it is. Large folios have been split.
-    let may_move =
-        |source: &Source<'_, DeviceMemory>| !matches!(source, Source::Device { .. }) && source.pages() == 1;
-    let wanted = (0..collected.pages()).filter(|&i| collected.source(i).as_ref().is_some_and(may_move)).count();
+    // Device memory that the CPU can address is a source too, and stays where it is. Large folios
+    // have been split.
+    let may_move = |source: &Source<'_, DeviceMemory>| {
+        !matches!(source, Source::Device { .. }) && source.pages() == 1
+    };
+    let wanted = (0..collected.pages())
+        .filter(|&i| collected.source(i).as_ref().is_some_and(may_move))
+        .count();
     let room = room.get_mut(..wanted).unwrap_or_default();
     let got = memory.take(0, room);
     // CAST: The indices of pages fit in a word.
@@ -158,7 +172,10 @@ fn move_to_device(map: &PageMap<DeviceMemory>, mut collected: Collected<'_, Devi
     }
     memory.counters.to_device.add(outcome.moved);
     memory.counters.populated.add(populated);
-    memory.counters.refused.add(got.saturating_sub(outcome.moved));
+    memory
+        .counters
+        .refused
+        .add(got.saturating_sub(outcome.moved));
     outcome
 }
 
@@ -183,7 +200,7 @@ pub(crate) struct Progress {
 
 /// A request to move the pages of a range, of a process that watches its own address space.
 pub(crate) struct Request<'a> {
-    map: &'a PageMap<DeviceMemory>,
+    gate: &'a MemoryGate,
     watch: &'a Watch,
     target: Target,
     scratch: Scratch,
@@ -193,9 +210,9 @@ pub(crate) struct Request<'a> {
 
 impl<'a> Request<'a> {
     /// Prepares a request, for which memory is allocated.
-    pub(crate) fn new(map: &'a PageMap<DeviceMemory>, watch: &'a Watch, target: Target) -> Result<Self> {
+    pub(crate) fn new(gate: &'a MemoryGate, watch: &'a Watch, target: Target) -> Result<Self> {
         Ok(Self {
-            map,
+            gate,
             watch,
             target,
             scratch: Scratch::new()?,
@@ -204,24 +221,31 @@ impl<'a> Request<'a> {
         })
     }
 
-    /// Moves the pages of `[start, end)`, both page aligned. Whatever it returns, `progress` says how far it came.
-    pub(crate) fn run(&mut self, mm: &MmWithUser, start: usize, end: usize, progress: &mut Progress) -> Result {
+    /// Moves the pages of `[start, end)`, both page aligned. Whatever it returns, `progress` says
+    /// how far it came.
+    pub(crate) fn run(
+        &mut self,
+        mm: &MmWithUser,
+        start: usize,
+        end: usize,
+        progress: &mut Progress,
+    ) -> Result {
         while start + progress.done < end {
-            if self.map.is_closed() {
-                return Err(ENODEV);
-            }
             if current!().signal_pending() {
                 return Err(EINTR);
             }
             let at = start + progress.done;
-            // Taken anew for every batch, so that who wants to write waits for one batch at most.
+            // Taken anew for every batch, so that who wants to change the address space, or to
+            // unbind the device, waits for one batch at most. In this order: a hostile process can
+            // make others wait for its own mmap lock.
             let lock = ReadLocked::new(mm)?;
+            let map = self.gate.enter()?;
             let vma = lock.find_vma(at).filter(|vma| vma.start() < end);
             match vma {
                 Some(vma) if vma.start() <= at => {
                     let boundary = (at | (BATCH * PAGE_BYTES - 1)) + 1;
                     let stop = end.min(vma.end()).min(boundary);
-                    self.batch(&lock, vma, at, stop, progress)?;
+                    self.batch(&map, &lock, vma, at, stop, progress)?;
                 }
                 next => {
                     let gap = next.map_or(end, |vma| vma.start()) - at;
@@ -239,6 +263,7 @@ impl<'a> Request<'a> {
     /// Moves the pages of `[start, end)`, which is inside `vma` and one batch.
     fn batch(
         &mut self,
+        map: &PageMap<DeviceMemory>,
         lock: &ReadLocked<'_>,
         vma: &VmaRef,
         start: usize,
@@ -249,10 +274,13 @@ impl<'a> Request<'a> {
             Target::Device => Select::System,
             Target::System => Select::Device,
         };
-        let outcome = if is_anonymous(vma) {
+        // What nobody may access is not populated: a heap or a stack has such ranges, large and
+        // empty.
+        let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
+        let outcome = if is_anonymous(vma) && (accessible || self.target == Target::System) {
             match Collected::range(vma, start, end, select, self.scratch.entries()) {
                 Ok(collected) if self.target == Target::Device => {
-                    move_to_device(self.map, collected, &mut self.indices)
+                    move_to_device(map, collected, &mut self.indices)
                 }
                 Ok(collected) => move_to_system(collected, Cause::Request),
                 // A mapping that the kernel does not migrate.
@@ -264,7 +292,9 @@ impl<'a> Request<'a> {
         let pages = outcome.without_memory.unwrap_or((end - start) / PAGE_BYTES);
         let (mut already, mut skipped) = (0, 0);
         if outcome.moved < pages {
-            let there = self.at_target(lock, start, pages).saturating_sub(outcome.moved);
+            let there = self
+                .at_target(map, lock, start, pages)
+                .saturating_sub(outcome.moved);
             already = there.min(pages - outcome.moved);
             skipped = pages - outcome.moved - already;
         }
@@ -280,15 +310,24 @@ impl<'a> Request<'a> {
     }
 
     /// How many of `pages` pages from `start` on are at the target now.
-    fn at_target(&mut self, lock: &ReadLocked<'_>, start: usize, pages: usize) -> usize {
+    fn at_target(
+        &mut self,
+        map: &PageMap<DeviceMemory>,
+        lock: &ReadLocked<'_>,
+        start: usize,
+        pages: usize,
+    ) -> usize {
         let Some(seen) = self.seen.get_mut(..pages) else {
             return 0;
         };
         if self.watch.look::<DeviceMemory>(lock, start, seen).is_err() {
             return 0;
         }
-        let here = |seen: &&Seen| seen.pfn().is_some_and(|pfn| self.map.index_of(pfn).is_some());
-        let elsewhere = |seen: &&Seen| seen.pfn().is_some_and(|pfn| crate::units::of_pfn(pfn).is_some());
+        let here = |seen: &&Seen| seen.pfn().is_some_and(|pfn| map.index_of(pfn).is_some());
+        let elsewhere = |seen: &&Seen| {
+            seen.pfn()
+                .is_some_and(|pfn| crate::units::of_pfn(pfn).is_some())
+        };
         match self.target {
             Target::Device => seen.iter().filter(here).count(),
             Target::System => pages - seen.iter().filter(elsewhere).count(),

@@ -2,7 +2,7 @@
 
 //! The PCI driver. It binds a device only when told to, through `driver_override`.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 use crate::{
     alloc::BLOCK_BYTES,
@@ -23,7 +23,7 @@ pub(crate) struct Driver;
 kernel::pci_device_table!(
     NO_DEVICE,
     <Driver as pci::Driver>::IdInfo,
-    // The kernel wants a table; no vendor has this number, so that no device is taken by surprise.
+    // So that no device is taken by surprise.
     []
 );
 
@@ -58,17 +58,32 @@ fn new_gpu<'bound>(
     pdev: &'bound pci::Device<Core<'_>>,
 ) -> Result<impl PinInit<Gpu<&'bound pci::Device<Bound>>, Error> + 'bound> {
     let Some((bar, start, len)) = largest_prefetchable(pdev) else {
-        dev_err!(pdev, "no usable VRAM: the device has no prefetchable memory BAR that was given addresses\n");
+        dev_err!(
+            pdev,
+            "no usable VRAM: the device has no prefetchable memory BAR that was given addresses\n"
+        );
         return Err(ENODEV);
     };
     let bytes = len / BLOCK_BYTES * BLOCK_BYTES;
     if bytes == 0 {
-        dev_err!(pdev, "no usable VRAM: BAR {} has {} KiB, less than 2 MiB\n", bar, len >> 10);
+        dev_err!(
+            pdev,
+            "no usable VRAM: BAR {} has {} KiB, less than 2 MiB\n",
+            bar,
+            len >> 10
+        );
         return Err(ENODEV);
     }
     crate::fail_after(Step::FindBar)?;
     let mapping = Bar::new(pdev, bar, bytes).inspect_err(|error| {
-        dev_err!(pdev, "cannot have BAR {} ({} MiB at {:#x}): {:?}\n", bar, len >> 20, start, error);
+        dev_err!(
+            pdev,
+            "cannot have BAR {} ({} MiB at {:#x}): {:?}\n",
+            bar,
+            len >> 20,
+            start,
+            error
+        );
     })?;
     crate::fail_after(Step::MapBar)?;
     let vram = Vram::Pci(mapping);

@@ -4,13 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{
-    alloc::BLOCK_BYTES,
-    gpu::Gpu,
-    hmm::pagemap::Form,
-    sys::mapping::Mapping,
-    vram::Vram,
-};
+use crate::{alloc::BLOCK_BYTES, gpu::Gpu, hmm::pagemap::Form, sys::mapping::Mapping, vram::Vram};
 use kernel::{
     device::{Bound, Device},
     faux,
@@ -28,14 +22,20 @@ impl AsRef<Device<Bound>> for Host {
 }
 
 /// A soft device.
-pub(crate) struct SoftGpu(#[expect(dead_code, reason = "dropping it is what it is for")] Pin<KBox<Gpu<Host>>>);
+pub(crate) struct SoftGpu(
+    #[expect(dead_code, reason = "dropping it is what it is for")] Pin<KBox<Gpu<Host>>>,
+);
 
 impl SoftGpu {
     /// Makes one with `mib` MiB of VRAM, a multiple of 2.
     pub(crate) fn new(mib: u32) -> Result<Self> {
         let bytes = u64::from(mib) << 20;
         if bytes == 0 || bytes % BLOCK_BYTES != 0 {
-            pr_err!("soft_mib={}: want a multiple of {}, not 0\n", mib, BLOCK_BYTES >> 20);
+            pr_err!(
+                "soft_mib={}: want a multiple of {}, not 0\n",
+                mib,
+                BLOCK_BYTES >> 20
+            );
             return Err(EINVAL);
         }
         let host = Host(faux::Registration::new(c"hmm_gpu_soft", None)?);
@@ -54,8 +54,8 @@ pub(crate) fn devices(count: u32, mib: u32) -> Result<KVec<SoftGpu>> {
     Ok(devices)
 }
 
-/// Offers the 2 MiB at physical address `start` as a device's own memory, without making anything of it: what is System RAM
-/// must be refused.
+/// Offers the 2 MiB at physical address `start` as a device's own memory, without making anything
+/// of it: what is System RAM must be refused.
 pub(crate) fn offer(start: u64) -> Result {
     let host = Host(faux::Registration::new(c"hmm_gpu_offer", None)?);
     crate::hmm::pagemap::check_range(host.as_ref(), start, BLOCK_BYTES)

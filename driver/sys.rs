@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Safe abstractions over what else the kernel crate lacks: memory that the CPU reaches VRAM through, PCI BARs, device nodes, and
-//! lending something that will be taken away.
+//! Safe abstractions over what else the kernel crate lacks: memory that the CPU reaches VRAM
+//! through, PCI BARs, device nodes, and lending something that will be taken away.
 
 pub(crate) mod gate;
 pub(crate) mod mapping;
@@ -11,6 +11,7 @@ pub(crate) mod pci;
 /// The kernel's own, as bindgen gives them: those of the kernel crate, and those that it lacks.
 #[allow(
     clippy::all,
+    clippy::undocumented_unsafe_blocks,
     dead_code,
     improper_ctypes,
     missing_docs,

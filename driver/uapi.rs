@@ -2,18 +2,23 @@
 
 //! The user interface of `/dev/hmm_gpuN`: the one definition.
 //!
-//! The module and the crate `hmm-gpu` both compile this file; `hmm_gpu.h` for other languages is generated from it.
+//! The module and the crate `hmm-gpu` both compile this file; `hmm_gpu.h` for other languages is
+//! generated from it.
 //!
 //! Rules that hold for every call:
 //!
-//! - Lengths are bytes. Addresses and lengths are multiples of [`HMM_GPU_PAGE_BYTES`], or the call says `EINVAL`.
-//! - Fields named `flags` and `reserved` must be zero unless a flag is listed for them; anything else is `EINVAL`.
-//! - Structures grow at their end only. The size a caller knows travels in the call's number. A shorter structure than the
-//!   driver's (down to the size of version 1) is taken as followed by zeroes; a longer one is taken if what the driver does
-//!   not know is zero, and is `EINVAL` otherwise.
-//! - A file serves the address space that opened it. From any other (a forked child, a passed file, after `execve`)
-//!   every call is `EPERM`.
-//! - After the device is unbound every call is `ENODEV`. A call whose number is not listed here is `ENOTTY`.
+//! - Lengths are bytes. Addresses and lengths are multiples of [`HMM_GPU_PAGE_BYTES`], or the call
+//!   says `EINVAL`.
+//! - Fields named `flags` and `reserved` must be zero unless a flag is listed for them; anything
+//!   else is `EINVAL`.
+//! - Structures grow at their end only. The size a caller knows travels in the call's number. A
+//!   shorter structure than the driver's (down to the size of version 1) is taken as followed by
+//!   zeroes; a longer one is taken if what the driver does not know is zero, and is `EINVAL`
+//!   otherwise.
+//! - A file serves the address space that opened it. From any other (a forked child, a passed file,
+//!   after `execve`) every call is `EPERM`.
+//! - After the device is unbound every call is `ENODEV`. A call whose number is not listed here is
+//!   `ENOTTY`.
 //! - A structure that cannot be read or written is `EFAULT`.
 
 /// Version of this interface. Grows when a call or a field is added; nothing is ever taken away.
@@ -48,7 +53,8 @@ pub const HMM_GPU_SOURCE_SOFT: u32 = 1;
 /// The VRAM is a memory BAR of a PCI device.
 pub const HMM_GPU_SOURCE_PCI: u32 = 2;
 
-/// The device pages have free physical addresses that the kernel picked (`devm_request_free_mem_region`).
+/// The device pages have free physical addresses that the kernel picked
+/// (`devm_request_free_mem_region`).
 pub const HMM_GPU_FORM_ADD: u32 = 1;
 /// The device pages have the BAR's own physical addresses.
 pub const HMM_GPU_FORM_ADD_RESOURCE: u32 = 2;
@@ -92,16 +98,17 @@ pub const HMM_GPU_TARGET_DEVICE: u32 = 1;
 
 /// Moves the pages of `[addr, addr + len)`, keeping their addresses.
 ///
-/// The range may span several mappings and holes. Private anonymous memory moves; untouched private anonymous memory becomes
-/// zeroed pages at a device target and is left alone at a system target. Everything else is skipped and counted as such.
+/// The range may span several mappings and holes. Private anonymous memory moves; untouched private
+/// anonymous memory becomes zeroed pages at a device target and is left alone at a system target.
+/// Everything else is skipped and counted as such.
 ///
-/// The four counts `moved_bytes`, `already_bytes`, `skipped_bytes` and `unmapped_bytes` add up to `done_bytes`. They are
-/// written on failure too, if the structure can be: the range before `addr + done_bytes` has been dealt with, and the call
-/// can be repeated from there.
+/// The four counts `moved_bytes`, `already_bytes`, `skipped_bytes` and `unmapped_bytes` add up to
+/// `done_bytes`. They are written on failure too, if the structure can be: the range before `addr +
+/// done_bytes` has been dealt with, and the call can be repeated from there.
 ///
-/// Errors: `EINVAL` (unaligned, empty or wrapping range, unknown target or flag, reserved field not zero), `EFAULT` (the range
-/// leaves user space, or nothing at all is mapped in it), `ENOSPC` (no VRAM left), `ENOMEM` (no system memory),
-/// `EINTR` (a signal came), `ENODEV`, `EPERM`.
+/// Errors: `EINVAL` (unaligned, empty or wrapping range, unknown target or flag, reserved field not
+/// zero), `EFAULT` (the range leaves user space, or nothing at all is mapped in it), `ENOSPC` (no
+/// VRAM left), `ENOMEM` (no system memory), `EINTR` (a signal came), `ENODEV`, `EPERM`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -121,7 +128,8 @@ pub struct hmm_gpu_migrate {
     pub moved_bytes: u64,
     /// Out: bytes that were at the target already (for a system target: or not populated).
     pub already_bytes: u64,
-    /// Out: bytes that stayed where they were: memory that does not migrate, or pages that were pinned or busy.
+    /// Out: bytes that stayed where they were: memory that does not migrate, or pages that were
+    /// pinned or busy.
     pub skipped_bytes: u64,
     /// Out: bytes of the range at which nothing is mapped.
     pub unmapped_bytes: u64,
@@ -142,12 +150,15 @@ pub const HMM_GPU_RESIDENT_MASK: u8 = 0x0f;
 /// Set beside them where the page is mapped writable.
 pub const HMM_GPU_RESIDENT_WRITABLE: u8 = 0x10;
 
-/// Tells where each page of `[addr, addr + len)` is: one byte a page, at `bytes_ptr`. Moves and populates nothing.
+/// Tells where each page of `[addr, addr + len)` is: one byte a page, at `bytes_ptr`. Moves and
+/// populates nothing.
 ///
-/// The answer was true for each page at one moment during the call, not for all pages at the same moment.
+/// The answer was true for each page at one moment during the call, not for all pages at the same
+/// moment.
 ///
-/// Errors: `EINVAL` (unaligned, empty or wrapping range, flag or reserved field not zero), `EFAULT` (the range leaves user
-/// space, or the bytes cannot be written), `EBUSY` (the address space kept changing), `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
+/// Errors: `EINVAL` (unaligned, empty or wrapping range, flag or reserved field not zero), `EFAULT`
+/// (the range leaves user space, or the bytes cannot be written), `EBUSY` (the address space kept
+/// changing), `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -165,8 +176,9 @@ pub struct hmm_gpu_residency {
     pub reserved: [u64; 2],
 }
 
-/// What a device has done since it was bound, in pages unless a name says otherwise. All but `flags` and `reserved` are
-/// written by the driver. `allocated_pages` = `freed_pages` + `live_pages` whenever nothing is under way.
+/// What a device has done since it was bound, in pages unless a name says otherwise. All but
+/// `flags` and `reserved` are written by the driver. `allocated_pages` = `freed_pages` +
+/// `live_pages` whenever nothing is under way.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]

@@ -40,10 +40,16 @@ pub(crate) struct Unit {
 impl Unit {
     /// Takes the lowest number that is free. Fails with `ENOSPC`.
     pub(crate) fn take() -> Result<Self> {
-        let number = SLOTS.iter().position(|slot| slot.taken.cmpxchg(false, true, Full).is_ok()).ok_or_else(|| {
-            pr_err!("no device number is free: all {} are taken\n", HMM_GPU_MAX_DEVICES);
-            ENOSPC
-        })?;
+        let number = SLOTS
+            .iter()
+            .position(|slot| slot.taken.cmpxchg(false, true, Full).is_ok())
+            .ok_or_else(|| {
+                pr_err!(
+                    "no device number is free: all {} are taken\n",
+                    HMM_GPU_MAX_DEVICES
+                );
+                ENOSPC
+            })?;
         Ok(Self { number })
     }
 
@@ -78,5 +84,7 @@ impl Drop for Unit {
 
 /// The number of the device that has page `pfn`, if any has. True at one moment.
 pub(crate) fn of_pfn(pfn: usize) -> Option<usize> {
-    SLOTS.iter().position(|slot| (slot.first_pfn.load(Relaxed)..slot.end_pfn.load(Relaxed)).contains(&pfn))
+    SLOTS
+        .iter()
+        .position(|slot| (slot.first_pfn.load(Relaxed)..slot.end_pfn.load(Relaxed)).contains(&pfn))
 }

@@ -28,8 +28,9 @@ impl Deref for Vram {
 }
 
 impl Vram {
-    /// Whether the memory keeps what is written to it: writes to places that differ in one address bit each, and to the last
-    /// word, and reads all back. `Err` has the offset that read wrong and what it read.
+    /// Whether the memory keeps what is written to it: writes to places that differ in one address
+    /// bit each, and to the last word, and reads all back. `Err` has the offset that read wrong and
+    /// what it read.
     ///
     /// Destroys what was there.
     pub(crate) fn check(&self) -> Result<core::result::Result<(), (usize, u64)>> {
@@ -37,14 +38,18 @@ impl Vram {
 
         let last = self.len() - WORD;
         let places = || {
-            let powers = (WORD.ilog2()..usize::BITS).map(|bit| 1usize << bit).take_while(move |&place| place < last);
+            let powers = (WORD.ilog2()..usize::BITS)
+                .map(|bit| 1usize << bit)
+                .take_while(move |&place| place < last);
             Iterator::chain([0, last].into_iter(), powers)
         };
-        // Every place has a value of its own, and then the opposite of it: an address line that is missing, and a bit that is
-        // stuck, show.
+        // Every place has a value of its own, and then the opposite of it: an address line that is
+        // missing, and a bit that is stuck, show.
         for flip in [0, u64::MAX] {
             // CAST: Widens.
-            let value = |place: usize| (place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x6873_6d2d_6770_7531 ^ flip;
+            let value = |place: usize| {
+                (place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x6873_6d2d_6770_7531 ^ flip
+            };
             for place in places() {
                 self.write_u64(place, value(place))?;
             }

@@ -17,7 +17,8 @@ use kernel::prelude::*;
 ///
 /// The page is referenced.
 unsafe fn folio_of(pfn: usize) -> *mut bindings::folio {
-    // SAFETY: The page is referenced, by the safety requirements, so it has a `struct page` and its folio does not change.
+    // SAFETY: The page is referenced, by the safety requirements, so it has a `struct page` and its
+    // folio does not change.
     unsafe { bindings::hmm_gpu_page_folio(bindings::hmm_gpu_pfn_to_page(pfn)) }
 }
 
@@ -43,10 +44,11 @@ impl LockedFolio {
     ///
     /// # Safety
     ///
-    /// `pfn` came from `into_pfn`, and nobody has taken it back or given it to the kernel's migration since.
+    /// `pfn` came from `into_pfn`, and nobody has taken it back or given it to the kernel's
+    /// migration since.
     pub(super) unsafe fn from_pfn(pfn: usize) -> Self {
-        // SAFETY: The folio is still locked and referenced on behalf of the value that `into_pfn` consumed. `page_folio` of a
-        // valid page is not null.
+        // SAFETY: The folio is still locked and referenced on behalf of the value that `into_pfn`
+        // consumed. `page_folio` of a valid page is not null.
         unsafe { Self::from_raw(NonNull::new_unchecked(folio_of(pfn))) }
     }
 
@@ -66,7 +68,8 @@ impl LockedFolio {
 
 impl Drop for LockedFolio {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants the lock and the reference are ours to give up, and this is the only place that does.
+        // SAFETY: By the type invariants the lock and the reference are ours to give up, and this
+        // is the only place that does.
         unsafe {
             bindings::hmm_gpu_folio_unlock(self.folio.as_ptr());
             bindings::hmm_gpu_folio_put(self.folio.as_ptr());
@@ -78,7 +81,8 @@ impl Drop for LockedFolio {
 ///
 /// # Invariants
 ///
-/// The folio is of system memory with a direct mapping, and nothing maps it or knows it but this value.
+/// The folio is of system memory with a direct mapping, and nothing maps it or knows it but this
+/// value.
 pub(crate) struct SystemFolio(LockedFolio);
 
 impl SystemFolio {
@@ -88,7 +92,8 @@ impl SystemFolio {
     pub(crate) fn new(order: u32) -> Result<Self> {
         // SAFETY: Always fine to call where sleeping is.
         let folio = NonNull::new(unsafe { bindings::hmm_gpu_folio_alloc(order) }).ok_or(ENOMEM)?;
-        // SAFETY: The folio is ours alone, so locking it waits for nobody for long; the reference is the one it was made with.
+        // SAFETY: The folio is ours alone, so locking it waits for nobody for long; the reference
+        // is the one it was made with.
         let locked = unsafe {
             bindings::hmm_gpu_folio_lock(folio.as_ptr());
             LockedFolio::from_raw(folio)
@@ -100,7 +105,9 @@ impl SystemFolio {
     /// Where the CPU reaches the folio's bytes: `4096 << order` of them, all this value's own.
     pub(crate) fn as_mut_ptr(&mut self) -> NonNull<u8> {
         // SAFETY: The folio is valid and directly mapped by the type invariants.
-        let address = unsafe { bindings::hmm_gpu_pfn_address(bindings::hmm_gpu_folio_pfn(self.0.folio.as_ptr())) };
+        let address = unsafe {
+            bindings::hmm_gpu_pfn_address(bindings::hmm_gpu_folio_pfn(self.0.folio.as_ptr()))
+        };
         // SAFETY: The direct mapping of a valid page is not at address zero.
         unsafe { NonNull::new_unchecked(address.cast()) }
     }
@@ -123,9 +130,15 @@ pub(crate) struct DeviceFolio<'a, T: Ops> {
 impl<'a, T: Ops> DeviceFolio<'a, T> {
     /// # Safety
     ///
-    /// `folio` was just initialised by `zone_device_folio_init` as page `index` of `map` and belongs to the caller.
-    pub(super) unsafe fn from_init(_map: &'a PageMap<T>, index: usize, folio: NonNull<bindings::folio>) -> Self {
-        // SAFETY: `zone_device_folio_init` leaves the folio locked, with one reference, which are the caller's to pass on.
+    /// `folio` was just initialised by `zone_device_folio_init` as page `index` of `map` and
+    /// belongs to the caller.
+    pub(super) unsafe fn from_init(
+        _map: &'a PageMap<T>,
+        index: usize,
+        folio: NonNull<bindings::folio>,
+    ) -> Self {
+        // SAFETY: `zone_device_folio_init` leaves the folio locked, with one reference, which are
+        // the caller's to pass on.
         let folio = unsafe { LockedFolio::from_raw(folio) };
         Self {
             folio,
@@ -162,7 +175,8 @@ impl<T: Ops> Destination for DeviceFolio<'_, T> {}
 ///
 /// # Invariants
 ///
-/// `pfn` is the first page of a locked, unmapped folio of directly mapped system memory for the life of `'a`.
+/// `pfn` is the first page of a locked, unmapped folio of directly mapped system memory for the
+/// life of `'a`.
 pub(crate) struct SourceFolio<'a> {
     pfn: usize,
     order: u32,
@@ -184,7 +198,8 @@ impl SourceFolio<'_> {
 
     /// Where the CPU reads the folio's bytes: `4096 << order` of them.
     pub(crate) fn as_ptr(&self) -> NonNull<u8> {
-        // SAFETY: The page is valid and directly mapped by the type invariants, and no such mapping is at address zero.
+        // SAFETY: The page is valid and directly mapped by the type invariants, and no such mapping
+        // is at address zero.
         unsafe { NonNull::new_unchecked(bindings::hmm_gpu_pfn_address(self.pfn).cast()) }
     }
 
@@ -203,7 +218,10 @@ pub(super) unsafe fn page_map_of(pfn: usize) -> Option<*mut bindings::dev_pagema
     // SAFETY: The page is referenced, by the safety requirements.
     let folio = unsafe { folio_of(pfn) };
     // SAFETY: As above, so its folio is valid.
-    unsafe { bindings::hmm_gpu_folio_is_device_private(folio).then(|| bindings::hmm_gpu_folio_pgmap(folio)) }
+    unsafe {
+        bindings::hmm_gpu_folio_is_device_private(folio)
+            .then(|| bindings::hmm_gpu_folio_pgmap(folio))
+    }
 }
 
 /// log2 of the number of pages of the folio that page `pfn` is in.

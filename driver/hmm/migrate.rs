@@ -4,10 +4,12 @@
 //!
 //! C header: `include/linux/migrate.h`.
 //!
-//! The kernel's three steps are two types. [`Collected`] is what `migrate_vma_setup` (or `migrate_device_pfns`) leaves: pages
-//! locked and unmapped, and whoever touches one waits. The caller looks at each [`Source`], and gives a destination that it has
-//! written to those that shall move. [`Collected::commit`] is `migrate_vma_pages`: it makes a [`Moved`], which says what moved.
-//! Dropping either one is `migrate_vma_finalize`: so no toucher waits for ever, whatever path is taken.
+//! The kernel's three steps are two types. [`Collected`] is what `migrate_vma_setup` (or
+//! `migrate_device_pfns`) leaves: pages locked and unmapped, and whoever touches one waits. The
+//! caller looks at each [`Source`], and gives a destination that it has written to those that shall
+//! move. [`Collected::commit`] is `migrate_vma_pages`: it makes a [`Moved`], which says what moved.
+//! Dropping either one is `migrate_vma_finalize`: so no toucher waits for ever, whatever path is
+//! taken.
 
 use crate::{
     hmm::{
@@ -23,7 +25,7 @@ use kernel::{error::to_result, mm::virt::VmaRef, prelude::*};
 const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
 const MIGRATE: usize = bindings::MIGRATE_PFN_MIGRATE as usize;
 const COMPOUND: usize = bindings::MIGRATE_PFN_COMPOUND as usize;
-const SHIFT: u32 = bindings::MIGRATE_PFN_SHIFT as u32;
+const SHIFT: u32 = bindings::MIGRATE_PFN_SHIFT;
 
 /// The page frame number in an entry, if it has one.
 fn pfn_of(entry: usize) -> Option<usize> {
@@ -35,7 +37,8 @@ fn pfn_of(entry: usize) -> Option<usize> {
 pub(crate) enum Select {
     /// Pages of system memory, and places where anonymous memory was never touched.
     System,
-    /// Device-private pages of any page map with the given owner (and untouched places, which the kernel always reports).
+    /// Device-private pages of any page map with the given owner (and untouched places, which the
+    /// kernel always reports).
     Device,
 }
 
@@ -68,9 +71,10 @@ enum Kind {
 ///
 /// # Invariants
 ///
-/// - `src` and `dst` have `pages` entries and belong to a migration that was set up and not finalized.
-/// - An entry of `src` with `VALID` is a page that is locked and referenced for this migration. Its folio is unmapped if it has
-///   `MIGRATE` too.
+/// - `src` and `dst` have `pages` entries and belong to a migration that was set up and not
+///   finalized.
+/// - An entry of `src` with `VALID` is a page that is locked and referenced for this migration. Its
+///   folio is unmapped if it has `MIGRATE` too.
 /// - An entry of `dst` that is not zero is a [`LockedFolio`] given to this migration.
 /// - Device-private pages among the sources belong to a `PageMap<T>`.
 struct State<'a, T: Ops> {
@@ -90,8 +94,8 @@ impl<T: Ops> State<'_, T> {
         let Some(pfn) = pfn_of(entry) else {
             return Some(Source::Hole);
         };
-        // SAFETY: The page is locked and referenced by the type invariants, for as long as `self` is borrowed: giving a
-        // destination, committing and finalizing all need more than `&self`.
+        // SAFETY: The page is locked and referenced by the type invariants, for as long as `self`
+        // is borrowed: giving a destination, committing and finalizing all need more than `&self`.
         unsafe {
             let order = folio::order_of(pfn);
             match folio::page_map_of(pfn) {
@@ -107,13 +111,17 @@ impl<T: Ops> State<'_, T> {
 
     fn finalize(&mut self) {
         match &mut self.kind {
-            // SAFETY: Set up and not finalized, by the type invariants; this is called once, by a drop.
+            // SAFETY: Set up and not finalized, by the type invariants; this is called once, by a
+            // drop.
             Kind::Vma(args) => unsafe { bindings::migrate_vma_finalize(args) },
             Kind::Device => {
-                // CAST: A length fits in a word.
                 // SAFETY: As above.
                 unsafe {
-                    bindings::migrate_device_finalize(self.src.as_mut_ptr(), self.dst.as_mut_ptr(), self.src.len() as _)
+                    bindings::migrate_device_finalize(
+                        self.src.as_mut_ptr(),
+                        self.dst.as_mut_ptr(),
+                        self.src.len(),
+                    )
                 }
             }
         }
@@ -156,21 +164,39 @@ impl<T: Ops> Source<'_, T> {
 }
 
 impl<'a, T: Ops> Collected<'a, T> {
-    /// Sets up a migration of `[start, end)`, which must be inside `vma` and fit in `entries` (`migrate_vma_setup`).
+    /// Sets up a migration of `[start, end)`, which must be inside `vma` and fit in `entries`
+    /// (`migrate_vma_setup`).
     ///
-    /// Large folios are split. Fails with `EINVAL` for a range that is empty, too long or not inside the mapping, and for
-    /// mappings that do not migrate (hugetlb, DAX, I/O and PFN mappings).
-    pub(crate) fn range(vma: &'a VmaRef, start: usize, end: usize, select: Select, entries: Entries<'a>) -> Result<Self> {
+    /// Large folios are split. Fails with `EINVAL` for a range that is empty, too long or not
+    /// inside the mapping, and for mappings that do not migrate (hugetlb, DAX, I/O and PFN
+    /// mappings).
+    pub(crate) fn range(
+        vma: &'a VmaRef,
+        start: usize,
+        end: usize,
+        select: Select,
+        entries: Entries<'a>,
+    ) -> Result<Self> {
         let flags = match select {
             Select::System => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM,
             Select::Device => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
         };
         // SAFETY: `VmaRef` is a locked mapping for `'a`, and nothing faults here.
-        unsafe { Self::setup(vma.as_ptr(), start, end, flags, core::ptr::null_mut(), entries) }
+        unsafe {
+            Self::setup(
+                vma.as_ptr(),
+                start,
+                end,
+                flags,
+                core::ptr::null_mut(),
+                entries,
+            )
+        }
     }
 
-    /// Sets up a migration of the live folios of `map` from page `from` on, wherever they are mapped (`migrate_device_pfns`): as
-    /// many as `entries` has room for. Returns the page after the last that was looked at, too.
+    /// Sets up a migration of the live folios of `map` from page `from` on, wherever they are
+    /// mapped (`migrate_device_pfns`): as many as `entries` has room for. Returns the page after
+    /// the last that was looked at, too.
     ///
     /// Folios that are busy or gone by now have no source.
     pub(crate) fn live(map: &'a PageMap<T>, from: usize, entries: Entries<'a>) -> (Self, usize) {
@@ -190,11 +216,11 @@ impl<'a, T: Ops> Collected<'a, T> {
         let (src, _) = entries.src.split_at_mut(used);
         let (dst, _) = entries.dst.split_at_mut(used);
         dst.fill(0);
-        // CAST: A length fits in a word.
-        // SAFETY: `src` has `used` page frame numbers of the map's pages, which have a `struct page` since the map is registered.
-        // It cannot fail: it returns 0 always.
-        unsafe { bindings::migrate_device_pfns(src.as_mut_ptr(), used as _) };
-        // INVARIANT: Just set up; no destination has been given; the pages are all of `map`, a `PageMap<T>`.
+        // SAFETY: `src` has `used` page frame numbers of the map's pages, which have a `struct
+        // page` since the map is registered. It cannot fail: it returns 0 always.
+        unsafe { bindings::migrate_device_pfns(src.as_mut_ptr(), used) };
+        // INVARIANT: Just set up; no destination has been given; the pages are all of `map`, a
+        // `PageMap<T>`.
         let state = State {
             kind: Kind::Device,
             src,
@@ -206,7 +232,8 @@ impl<'a, T: Ops> Collected<'a, T> {
 
     /// # Safety
     ///
-    /// `vma` is locked for `'a`. `fault_page` is null, or the locked and referenced device-private page of a fault at `start`.
+    /// `vma` is locked for `'a`. `fault_page` is null, or the locked and referenced device-private
+    /// page of a fault at `start`.
     unsafe fn setup(
         vma: *mut bindings::vm_area_struct,
         start: usize,
@@ -231,13 +258,15 @@ impl<'a, T: Ops> Collected<'a, T> {
             start,
             end,
             pgmap_owner: T::owner().as_raw(),
-            flags: flags as _,
+            // CAST: Widens.
+            flags: flags as usize,
             fault_page,
         };
         // SAFETY: The mapping is locked, and the arrays have an entry for each page.
         to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
-        // INVARIANT: Set up; no destination has been given. The kernel collects device-private pages of the owner `T::owner()`
-        // only, which are those of a `PageMap<T>`. It may have stopped early: then what follows is zero, as it cleared `src`.
+        // INVARIANT: Set up; no destination has been given. The kernel collects device-private
+        // pages of the owner `T::owner()` only, which are those of a `PageMap<T>`. It may have
+        // stopped early: then what follows is zero, as it cleared `src`.
         Ok(Self {
             state: State {
                 kind: Kind::Vma(args),
@@ -262,11 +291,15 @@ impl<'a, T: Ops> Collected<'a, T> {
 
     /// Has page `i`, and the rest of its folio, move into `folio`, which must have been written.
     ///
-    /// The folio is given back if nothing may move at `i`, if it has a destination already, or if the sizes differ.
+    /// The folio is given back if nothing may move at `i`, if it has a destination already, or if
+    /// the sizes differ.
     pub(crate) fn set(&mut self, i: usize, folio: impl Destination) {
         let folio: LockedFolio = folio.into();
         let order = folio.order();
-        if self.source(i).is_none_or(|source| source.pages() != 1 << order) {
+        if self
+            .source(i)
+            .is_none_or(|source| source.pages() != 1 << order)
+        {
             return;
         }
         if let Some(entry) = self.state.dst.get_mut(i).filter(|entry| **entry == 0) {
@@ -287,10 +320,13 @@ impl<'a, T: Ops> Collected<'a, T> {
             // SAFETY: Set up and not finalized, by the type invariants.
             Kind::Vma(args) => unsafe { bindings::migrate_vma_pages(args) },
             Kind::Device => {
-                // CAST: A length fits in a word.
                 // SAFETY: As above. Without a mapping no source is a hole.
                 unsafe {
-                    bindings::migrate_device_pages(state.src.as_mut_ptr(), state.dst.as_mut_ptr(), state.src.len() as _)
+                    bindings::migrate_device_pages(
+                        state.src.as_mut_ptr(),
+                        state.dst.as_mut_ptr(),
+                        state.src.len(),
+                    )
                 }
             }
         }
@@ -303,7 +339,8 @@ impl<T: Ops> Drop for Collected<'_, T> {
         // Nothing has moved: the destinations must not be taken for the pages' new places.
         for entry in self.state.dst.iter_mut() {
             if let Some(pfn) = pfn_of(core::mem::take(entry)) {
-                // SAFETY: The entry was made by `set` from a folio that was given to this migration, and is forgotten here.
+                // SAFETY: The entry was made by `set` from a folio that was given to this
+                // migration, and is forgotten here.
                 drop(unsafe { LockedFolio::from_pfn(pfn) });
             }
         }
@@ -338,10 +375,11 @@ impl<T: Ops> Drop for Moved<'_, T> {
 ///
 /// # Invariants
 ///
-/// `vmf` is the fault that the kernel is handling now, on this task, with the mmap lock held. Its page is locked and referenced.
-pub(crate) struct Fault<'a, T> {
+/// `vmf` is the fault that the kernel is handling now, on this task, with the mmap lock held. Its
+/// page is locked and referenced.
+pub(crate) struct Fault<'a, T: Ops> {
     vmf: *mut bindings::vm_fault,
-    data: PhantomData<(&'a (), fn(T))>,
+    data: PhantomData<&'a PageMap<T>>,
 }
 
 impl<'a, T: Ops> Fault<'a, T> {
@@ -368,7 +406,8 @@ impl<'a, T: Ops> Fault<'a, T> {
         };
         let start = address & !(PAGE_BYTES - 1);
         let flags = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
-        // SAFETY: The fault holds the mmap lock, and its page is locked and referenced, by the type invariants.
+        // SAFETY: The fault holds the mmap lock, and its page is locked and referenced, by the type
+        // invariants.
         unsafe { Collected::setup(vma, start, start + PAGE_BYTES, flags, page, entries) }
     }
 }

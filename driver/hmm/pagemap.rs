@@ -22,7 +22,8 @@ use kernel::{
     types::Opaque,
 };
 
-/// What `memremap_pages` wants addresses and lengths to be multiples of, in bytes (`SUBSECTION_SIZE`).
+/// What `memremap_pages` wants addresses and lengths to be multiples of, in bytes
+/// (`SUBSECTION_SIZE`).
 pub(crate) const ALIGN: u64 = 2 << 20;
 
 /// Marks the page maps of one module, and says what type their data has.
@@ -54,7 +55,8 @@ pub(crate) trait Ops: Send + Sync + Sized + 'static {
     /// The mark of all page maps whose data is a `Self`. Always the same one.
     fn owner() -> &'static Owner<Self>;
 
-    /// The folio of `1 << order` pages that began at page `index` is gone: its VRAM can be used again.
+    /// The folio of `1 << order` pages that began at page `index` is gone: its VRAM can be used
+    /// again.
     ///
     /// Runs under page table locks: must not sleep.
     fn folio_free(map: &PageMap<Self>, index: usize, order: u32);
@@ -62,7 +64,8 @@ pub(crate) trait Ops: Send + Sync + Sized + 'static {
     /// The CPU touched a page of `map`: bring it to system memory.
     fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome;
 
-    /// Moves live pages to system memory, as the map has been closed: called again until [`PageMap::live_folios`] yields nothing.
+    /// Moves live pages to system memory, as the map has been closed: called again until
+    /// [`PageMap::live_folios`] yields nothing.
     fn evict_all(map: &PageMap<Self>);
 }
 
@@ -108,7 +111,8 @@ pub(crate) struct PageMap<T: Ops> {
     data: T,
 }
 
-// SAFETY: The C structure is written before anybody else can reach it, and handled by the kernel under its own locks after that.
+// SAFETY: The C structure is written before anybody else can reach it, and handled by the kernel
+// under its own locks after that.
 unsafe impl<T: Ops> Send for PageMap<T> {}
 // SAFETY: As above; all else in it is `Sync`.
 unsafe impl<T: Ops> Sync for PageMap<T> {}
@@ -127,7 +131,8 @@ impl<T: Ops> PageMap<T> {
             state.push(Atomic::new(FREE), GFP_KERNEL)?;
         }
         KBox::try_pin_init(
-            // INVARIANT: `raw` gets its owner in `Registered::new`, before any page exists; no page has a reference yet.
+            // INVARIANT: `raw` gets its owner in `Registered::new`, before any page exists; no page
+            // has a reference yet.
             try_pin_init!(Self {
                 raw: Opaque::zeroed(),
                 first_pfn: Atomic::new(0),
@@ -156,13 +161,14 @@ impl<T: Ops> PageMap<T> {
 
     /// Which page of this map `pfn` is.
     pub(crate) fn index_of(&self, pfn: usize) -> Option<usize> {
-        pfn.checked_sub(self.first_pfn()).filter(|&index| index < self.pages())
+        pfn.checked_sub(self.first_pfn())
+            .filter(|&index| index < self.pages())
     }
 
     /// Makes a folio of the `1 << order` pages from `index` on (`zone_device_folio_init`).
     ///
-    /// Fails with `EINVAL` if there are no such pages or `index` is not aligned to the folio's size, with `EBUSY` if one of them is
-    /// in use, and with `ENODEV` once the map is closed.
+    /// Fails with `EINVAL` if there are no such pages or `index` is not aligned to the folio's
+    /// size, with `EBUSY` if one of them is in use, and with `ENODEV` once the map is closed.
     pub(crate) fn init_folio(&self, index: usize, order: u32) -> Result<DeviceFolio<'_, T>> {
         if order > MAX_ORDER || index & ((1 << order) - 1) != 0 {
             return Err(EINVAL);
@@ -171,7 +177,10 @@ impl<T: Ops> PageMap<T> {
         for (i, state) in states.iter().enumerate() {
             let new = if i == 0 { head(order) } else { TAIL };
             if state.cmpxchg(FREE, new, Full).is_err() {
-                states.iter().take(i).for_each(|state| state.store(FREE, Release));
+                states
+                    .iter()
+                    .take(i)
+                    .for_each(|state| state.store(FREE, Release));
                 return Err(EBUSY);
             }
         }
@@ -179,14 +188,16 @@ impl<T: Ops> PageMap<T> {
             self.set_free(index, order);
             return Err(ENODEV);
         }
-        // CAST: The page is the head of the folio to be made, and a head page is at its folio's address. What folio it was part
-        // of before does not matter.
-        // SAFETY: The pages are this map's, and it is registered: `Registered` lends it, and unregisters it only after it has
-        // closed it and then found every page free.
-        let folio = unsafe { bindings::hmm_gpu_pfn_to_page(self.first_pfn() + index) }.cast::<bindings::folio>();
+        // CAST: The page is the head of the folio to be made, and a head page is at its folio's
+        // address. What folio it was part of before does not matter.
+        // SAFETY: The pages are this map's, and it is registered: `Registered` lends it, and
+        // unregisters it only after it has closed it and then found every page free.
+        let folio = unsafe { bindings::hmm_gpu_pfn_to_page(self.first_pfn() + index) }
+            .cast::<bindings::folio>();
         // SAFETY: All the pages were free and are now ours alone, by the exchange above.
         unsafe { bindings::hmm_gpu_zone_device_folio_init(folio, self.raw.get(), order) };
-        // SAFETY: Just initialised, and the pointer came from a reference into the memory map, so it is not null.
+        // SAFETY: Just initialised, and the pointer came from a reference into the memory map, so
+        // it is not null.
         Ok(unsafe { DeviceFolio::from_init(self, index, NonNull::new_unchecked(folio)) })
     }
 
@@ -200,14 +211,18 @@ impl<T: Ops> PageMap<T> {
         self.closed.load(Relaxed)
     }
 
-    /// The folios that are live now, from page `from` on: index of the first page and order of each. Others may come and go
-    /// meanwhile.
+    /// The folios that are live now, from page `from` on: index of the first page and order of
+    /// each. Others may come and go meanwhile.
     pub(crate) fn live_folios(&self, from: usize) -> impl Iterator<Item = (usize, u32)> + '_ {
-        self.state.iter().enumerate().skip(from).filter_map(|(index, state)| {
-            let state = state.load(Acquire);
-            // CAST: Positive, so it fits.
-            (state > 0).then_some((index, (state - 1) as u32))
-        })
+        self.state
+            .iter()
+            .enumerate()
+            .skip(from)
+            .filter_map(|(index, state)| {
+                let state = state.load(Acquire);
+                // CAST: Positive, so it fits.
+                (state > 0).then_some((index, (state - 1) as u32))
+            })
     }
 
     /// # Safety
@@ -223,7 +238,8 @@ impl<T: Ops> PageMap<T> {
     ///
     /// Called by the kernel as `dev_pagemap_ops::folio_free`, for a folio of a `PageMap<T>`.
     unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
-        // SAFETY: The folio is a device-private one of ours; its page map waits for it before it goes.
+        // SAFETY: The folio is a device-private one of ours; its page map waits for it before it
+        // goes.
         let (map, pfn, order) = unsafe {
             (
                 Self::from_raw(bindings::hmm_gpu_folio_pgmap(folio)),
@@ -242,8 +258,9 @@ impl<T: Ops> PageMap<T> {
     ///
     /// Called by the kernel as `dev_pagemap_ops::migrate_to_ram`, for a page of a `PageMap<T>`.
     unsafe extern "C" fn migrate_to_ram(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-        // SAFETY: The kernel passes a fault on a locked, referenced device-private page of ours, with the mmap lock held, for
-        // the duration of the call; the page map waits for the page before it goes.
+        // SAFETY: The kernel passes a fault on a locked, referenced device-private page of ours,
+        // with the mmap lock held, for the duration of the call; the page map waits for the page
+        // before it goes.
         let (map, fault) = unsafe {
             let folio = bindings::hmm_gpu_page_folio((*vmf).page);
             (
@@ -257,12 +274,14 @@ impl<T: Ops> PageMap<T> {
 
 /// Owns the device pages of a device: a registered [`PageMap`].
 ///
-/// Dropping it evicts, unregisters and frees, in this order, and may wait long for the first. It is meant for a driver's private
-/// data, which is dropped after unbind and before the device's managed resources.
+/// Dropping it evicts, unregisters and frees, in this order, and may wait long for the first. It is
+/// meant for a driver's private data, which is dropped after unbind and before the device's managed
+/// resources.
 ///
 /// # Invariants
 ///
-/// `map` is registered with `devm_memremap_pages` for `device`, and `region` is a managed region of `device`.
+/// `map` is registered with `devm_memremap_pages` for `device`, and `region` is a managed region of
+/// `device`.
 pub(crate) struct Registered<D: AsRef<Device<Bound>>, T: Ops> {
     map: Pin<KBox<PageMap<T>>>,
     region: Option<(u64, u64)>,
@@ -272,13 +291,24 @@ pub(crate) struct Registered<D: AsRef<Device<Bound>>, T: Ops> {
 impl<D: AsRef<Device<Bound>>, T: Ops> Registered<D, T> {
     /// Registers `bytes` of device memory in either form.
     ///
-    /// Refuses, with the reason in the kernel's log and before the core of the kernel would warn: lengths and addresses that are
-    /// not multiples of [`ALIGN`] (`EINVAL`); addresses that are System RAM (`ENXIO`), that have device pages already (`EBUSY`)
-    /// or that the kernel cannot have pages for (`E2BIG`). `ERANGE`: no free addresses. `ENOMEM`.
-    pub(crate) fn new(device: D, form: Form, bytes: u64, data: impl PinInit<T, Error>) -> Result<Self> {
+    /// Refuses, with the reason in the kernel's log and before the core of the kernel would warn:
+    /// lengths and addresses that are not multiples of [`ALIGN`] (`EINVAL`); addresses that are
+    /// System RAM (`ENXIO`), that have device pages already (`EBUSY`) or that the kernel cannot
+    /// have pages for (`E2BIG`). `ERANGE`: no free addresses. `ENOMEM`.
+    pub(crate) fn new(
+        device: D,
+        form: Form,
+        bytes: u64,
+        data: impl PinInit<T, Error>,
+    ) -> Result<Self> {
         let dev: &Device<Bound> = device.as_ref();
         if bytes == 0 || bytes % ALIGN != 0 {
-            dev_err!(dev, "device memory of {} bytes: want a multiple of {} MiB\n", bytes, ALIGN >> 20);
+            dev_err!(
+                dev,
+                "device memory of {} bytes: want a multiple of {} MiB\n",
+                bytes,
+                ALIGN >> 20
+            );
             return Err(EINVAL);
         }
         let map = PageMap::new(usize::try_from(bytes >> PAGE_SHIFT)?, data)?;
@@ -306,8 +336,8 @@ impl<D: AsRef<Device<Bound>>, T: Ops> Registered<D, T> {
                 end: start + bytes - 1,
             };
         }
-        // SAFETY: `dev` is bound, `raw` is filled in and pinned. It stays until `Drop` has unregistered it, which the type that
-        // holds `D` makes happen before `device` is unbound.
+        // SAFETY: `dev` is bound, `raw` is filled in and pinned. It stays until `Drop` has
+        // unregistered it, which the type that holds `D` makes happen before `device` is unbound.
         let result = from_err_ptr(unsafe { bindings::devm_memremap_pages(as_raw(dev), raw) });
         if let Err(error) = result {
             dev_err!(
@@ -321,7 +351,11 @@ impl<D: AsRef<Device<Bound>>, T: Ops> Registered<D, T> {
             return Err(error);
         }
         // INVARIANT: Just registered; the region was requested for the same device.
-        Ok(Self { map, region, device })
+        Ok(Self {
+            map,
+            region,
+            device,
+        })
     }
 
     /// The first physical address of the pages.
@@ -352,8 +386,8 @@ impl<D: AsRef<Device<Bound>>, T: Ops> Drop for Registered<D, T> {
             T::evict_all(&self.map);
         }
         let dev = self.device.as_ref();
-        // SAFETY: Registered for this device, by the type invariants, which is still bound since `D` says so. Waits until the
-        // last reference is gone.
+        // SAFETY: Registered for this device, by the type invariants, which is still bound since
+        // `D` says so. Waits until the last reference is gone.
         unsafe { bindings::devm_memunmap_pages(as_raw(dev), self.map.raw.get()) };
         release_region(dev, self.region);
     }
@@ -364,14 +398,24 @@ fn as_raw(dev: &Device<Bound>) -> *mut bindings::device {
     core::ptr::from_ref(dev).cast_mut().cast()
 }
 
-/// Requests free physical addresses for `bytes`: start and length of what was taken, which may be more.
+/// Requests free physical addresses for `bytes`: start and length of what was taken, which may be
+/// more.
 fn request_free_region(dev: &Device<Bound>, bytes: u64) -> Result<(u64, u64)> {
     // SAFETY: `dev` is bound; `iomem_resource` is the kernel's own.
     let resource = from_err_ptr(unsafe {
-        bindings::devm_request_free_mem_region(as_raw(dev), &raw mut bindings::iomem_resource, usize::try_from(bytes)?)
+        bindings::devm_request_free_mem_region(
+            as_raw(dev),
+            &raw mut bindings::iomem_resource,
+            usize::try_from(bytes)?,
+        )
     })
     .inspect_err(|error| {
-        dev_err!(dev, "no free physical addresses for {} MiB of device pages: {:?}\n", bytes >> 20, error);
+        dev_err!(
+            dev,
+            "no free physical addresses for {} MiB of device pages: {:?}\n",
+            bytes >> 20,
+            error
+        );
     })?;
     // SAFETY: A valid resource was returned, which stays until it is released.
     unsafe { Ok(((*resource).start, (*resource).end - (*resource).start + 1)) }
@@ -384,7 +428,8 @@ fn release_region(dev: &Device<Bound>, region: Option<(u64, u64)>) {
     }
 }
 
-/// Whether `[start, start + bytes)` can become device pages: says why not, before `memremap_pages` would warn.
+/// Whether `[start, start + bytes)` can become device pages: says why not, before `memremap_pages`
+/// would warn.
 pub(crate) fn check_range(dev: &Device<Bound>, start: u64, bytes: u64) -> Result {
     let end = start.checked_add(bytes).ok_or(EINVAL)?;
     if start % ALIGN != 0 || bytes % ALIGN != 0 || bytes == 0 {
@@ -413,14 +458,24 @@ pub(crate) fn check_range(dev: &Device<Bound>, start: u64, bytes: u64) -> Result
     // CAST: A length in bytes fits in a word.
     // SAFETY: Always fine to call where sleeping is.
     if unsafe { bindings::hmm_gpu_overlaps_system_ram(start, bytes as usize) } {
-        dev_err!(dev, "range {:#x}-{:#x} refused: it overlaps System RAM\n", start, end - 1);
+        dev_err!(
+            dev,
+            "range {:#x}-{:#x} refused: it overlaps System RAM\n",
+            start,
+            end - 1
+        );
         return Err(ENXIO);
     }
     for address in [start, end - 1] {
         // CAST: A page frame number fits in a word.
         // SAFETY: Always fine to call.
         if unsafe { bindings::hmm_gpu_is_pagemap((address >> PAGE_SHIFT) as usize) } {
-            dev_err!(dev, "range {:#x}-{:#x} refused: it has device pages already\n", start, end - 1);
+            dev_err!(
+                dev,
+                "range {:#x}-{:#x} refused: it has device pages already\n",
+                start,
+                end - 1
+            );
             return Err(EBUSY);
         }
     }

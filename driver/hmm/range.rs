@@ -14,11 +14,12 @@ use crate::{
 };
 use kernel::{error::to_result, mm::MmWithUser, prelude::*, sync::aref::ARef, types::Opaque};
 
-const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID as usize;
-const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE as usize;
-const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS as usize;
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
+const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS;
 
-/// Tells whether an address space changed while it was looked at: an interval notifier over all of it.
+/// Tells whether an address space changed while it was looked at: an interval notifier over all of
+/// it.
 ///
 /// # Invariants
 ///
@@ -35,11 +36,12 @@ unsafe impl Send for Watch {}
 unsafe impl Sync for Watch {}
 
 impl Watch {
-    const OPS: &'static bindings::mmu_interval_notifier_ops = &bindings::mmu_interval_notifier_ops {
-        invalidate: Some(Self::invalidate),
-        invalidate_start: None,
-        invalidate_finish: None,
-    };
+    const OPS: &'static bindings::mmu_interval_notifier_ops =
+        &bindings::mmu_interval_notifier_ops {
+            invalidate: Some(Self::invalidate),
+            invalidate_start: None,
+            invalidate_finish: None,
+        };
 
     /// Watches `mm`.
     pub(crate) fn new(mm: ARef<MmWithUser>) -> impl PinInit<Self, Error> {
@@ -47,7 +49,7 @@ impl Watch {
             // INVARIANT: Registered if this returns `Ok`.
             raw <- Opaque::try_ffi_init(|raw| {
                 // SAFETY: `raw` is pinned until `drop` has removed it; the address space has users.
-                to_result(unsafe { bindings::mmu_interval_notifier_insert(raw, mm.as_raw(), 0, user_end() as _, Self::OPS) })
+                to_result(unsafe { bindings::mmu_interval_notifier_insert(raw, mm.as_raw(), 0, user_end(), Self::OPS) })
             }),
         })
     }
@@ -60,8 +62,8 @@ impl Watch {
         _range: *const bindings::mmu_notifier_range,
         seq: c_ulong,
     ) -> bool {
-        // Nothing is kept of what was seen, so there is nothing to take back, and no lock of ours that readers hold: the kernel
-        // itself makes them see the new number.
+        // Nothing is kept of what was seen, so there is nothing to take back, and no lock of ours
+        // that readers hold: the kernel itself makes them see the new number.
         // SAFETY: The kernel calls this for a registered notifier, between its own start and end.
         unsafe { bindings::hmm_gpu_mmu_interval_set_seq(raw, seq) };
         true
@@ -69,8 +71,14 @@ impl Watch {
 
     /// Looks at `pfns.len()` pages from `start` on, with the mmap lock held. Nothing is faulted in.
     ///
-    /// The answer was true at one moment for each page. Fails with `EBUSY` if the address space kept changing.
-    pub(crate) fn look<T: Ops>(&self, lock: &ReadLocked<'_>, start: usize, pfns: &mut [Seen]) -> Result {
+    /// The answer was true at one moment for each page. Fails with `EBUSY` if the address space
+    /// kept changing.
+    pub(crate) fn look<T: Ops>(
+        &self,
+        lock: &ReadLocked<'_>,
+        start: usize,
+        pfns: &mut [Seen],
+    ) -> Result {
         const ATTEMPTS: usize = 64;
 
         // SAFETY: Registered, so its address space is valid to compare.
@@ -83,8 +91,8 @@ impl Watch {
                 notifier: self.raw.get(),
                 // SAFETY: The notifier is registered.
                 notifier_seq: unsafe { bindings::mmu_interval_read_begin(self.raw.get()) },
-                start: start as _,
-                end: (start + pfns.len() * PAGE_BYTES) as _,
+                start,
+                end: start + pfns.len() * PAGE_BYTES,
                 hmm_pfns: pfns.as_mut_ptr().cast(),
                 default_flags: 0,
                 pfn_flags_mask: 0,
@@ -116,7 +124,8 @@ impl PinnedDrop for Watch {
 pub(crate) struct Seen(usize);
 
 impl Seen {
-    /// The page frame number, if a page is there: of system memory, or a device page of the owner asked for.
+    /// The page frame number, if a page is there: of system memory, or a device page of the owner
+    /// asked for.
     pub(crate) fn pfn(self) -> Option<usize> {
         (self.0 & VALID != 0).then_some(self.0 & !FLAGS)
     }

@@ -21,7 +21,8 @@ pub(crate) struct ReadLocked<'a> {
 }
 
 impl<'a> ReadLocked<'a> {
-    /// Takes the lock (`mmap_read_lock_killable`). Fails with `EINTR` if the task is killed while it waits.
+    /// Takes the lock (`mmap_read_lock_killable`). Fails with `EINTR` if the task is killed while
+    /// it waits.
     pub(crate) fn new(mm: &'a MmWithUser) -> Result<Self> {
         // SAFETY: The address space is valid.
         to_result(unsafe { bindings::hmm_gpu_mmap_read_lock_killable(mm.as_raw()) })?;
@@ -37,11 +38,13 @@ impl<'a> ReadLocked<'a> {
         self.mm
     }
 
-    /// The first mapping that ends above `address` (`find_vma`): the one that `address` is in, or the next.
+    /// The first mapping that ends above `address` (`find_vma`): the one that `address` is in, or
+    /// the next.
     pub(crate) fn find_vma(&self, address: usize) -> Option<&VmaRef> {
         // SAFETY: The lock is held, by the type invariants.
         let vma = unsafe { bindings::find_vma(self.mm.as_raw(), address) };
-        // SAFETY: A mapping that was found is valid and stays while the lock is held, which is as long as `self` is borrowed.
+        // SAFETY: A mapping that was found is valid and stays while the lock is held, which is as
+        // long as `self` is borrowed.
         (!vma.is_null()).then(|| unsafe { VmaRef::from_raw(vma) })
     }
 }

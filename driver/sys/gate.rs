@@ -18,7 +18,8 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// `value` is null, or valid until it has been made null and then all sections of `srcu` that began before have ended.
+/// `value` is null, or valid until it has been made null and then all sections of `srcu` that began
+/// before have ended.
 #[pin_data]
 pub(crate) struct Gate<T> {
     value: Atomic<*mut T>,
@@ -46,11 +47,13 @@ impl<T> Gate<T> {
 
     /// The value, until the guard is dropped. Fails with `ENODEV` once it has been taken away.
     ///
-    /// The owner waits for the guard: nothing that waits for user space without limit may be done with it (no user copy).
+    /// The owner waits for the guard: nothing that waits for user space without limit may be done
+    /// with it (no user copy).
     pub(crate) fn enter(&self) -> Result<Entered<'_, T>> {
         let section = self.srcu.read_lock();
         let value = self.value.load(Acquire);
-        // SAFETY: By the type invariants it is null, or valid until the section ends, which is when the guard is dropped.
+        // SAFETY: By the type invariants it is null, or valid until the section ends, which is when
+        // the guard is dropped.
         let value = unsafe { value.as_ref() }.ok_or(ENODEV)?;
         Ok(Entered {
             value,
@@ -71,7 +74,8 @@ impl<T> Deref for Entered<'_, T> {
 ///
 /// # Safety
 ///
-/// What `lend` returns is the same at every call, and valid until the owner is dropped, also when the owner is moved.
+/// What `lend` returns is the same at every call, and valid until the owner is dropped, also when
+/// the owner is moved.
 pub(crate) unsafe trait Lend {
     /// What is lent.
     type Target: Sync;
@@ -95,8 +99,10 @@ impl<O: Lend> Lent<O> {
     /// Opens a new gate to what `owner` lends.
     pub(crate) fn new(owner: O) -> Result<Self> {
         let gate = Gate::new()?;
-        // INVARIANT: Valid until the owner is dropped, as `Lend` promises; `drop` does what the gate asks for before that.
-        gate.value.store(core::ptr::from_ref(owner.lend()).cast_mut(), Release);
+        // INVARIANT: Valid until the owner is dropped, as `Lend` promises; `drop` does what the
+        // gate asks for before that.
+        gate.value
+            .store(core::ptr::from_ref(owner.lend()).cast_mut(), Release);
         Ok(Self { gate, owner })
     }
 

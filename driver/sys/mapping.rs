@@ -12,7 +12,8 @@ use crate::{
 use core::ptr::NonNull;
 use kernel::prelude::*;
 
-/// Says that what this task stored to any [`Mapping`] before is there for everybody: write-combined stores too.
+/// Says that what this task stored to any [`Mapping`] before is there for everybody: write-combined
+/// stores too.
 ///
 /// What publishes a page asks for one, so that the barrier cannot be forgotten.
 pub(crate) struct Written(());
@@ -39,8 +40,8 @@ enum Kind {
 ///
 /// # Invariants
 ///
-/// The `len` bytes from `base` on are mapped for reading and writing until this is dropped; `base` and `len` are multiples of
-/// the page size.
+/// The `len` bytes from `base` on are mapped for reading and writing until this is dropped; `base`
+/// and `len` are multiples of the page size.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
@@ -55,18 +56,19 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps physical addresses of a device write-combined.
     ///
-    /// To be done before the same addresses become device pages: afterwards the mapping would silently be uncached.
+    /// To be done before the same addresses become device pages: afterwards the mapping would
+    /// silently be uncached.
     ///
     /// # Safety
     ///
-    /// The `len` bytes from `start` on are a prefetchable memory BAR (or part of one) that the caller has requested, and that
-    /// stays requested and enabled until the mapping is dropped.
+    /// The `len` bytes from `start` on are a prefetchable memory BAR (or part of one) that the
+    /// caller has requested, and that stays requested and enabled until the mapping is dropped.
     pub(super) unsafe fn write_combined(start: u64, len: usize) -> Result<Self> {
         if start % PAGE_BYTES as u64 != 0 || len % PAGE_BYTES != 0 {
             return Err(EINVAL);
         }
         // SAFETY: The addresses are the caller's, by the safety requirements.
-        let base = unsafe { bindings::memremap(start, len, bindings::MEMREMAP_WC as _) };
+        let base = unsafe { bindings::memremap(start, len, bindings::MEMREMAP_WC as usize) };
         // INVARIANT: Just mapped, at a page boundary.
         Ok(Self {
             base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
@@ -81,7 +83,7 @@ impl Mapping {
             return Err(EINVAL);
         }
         // SAFETY: Always fine to call where sleeping is.
-        let base = unsafe { bindings::vzalloc_noprof(len as _) };
+        let base = unsafe { bindings::vzalloc_noprof(len) };
         // INVARIANT: `vzalloc` gives whole pages.
         Ok(Self {
             base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
@@ -110,8 +112,11 @@ impl Mapping {
             return Err(EINVAL);
         }
         let base = self.at(offset, len)?;
-        // SAFETY: Inside the mapping, as just checked.
-        Ok((0..len).step_by(PAGE_BYTES).map(move |done| (done, unsafe { base.add(done) })))
+        let pages = (0..len).step_by(PAGE_BYTES).map(move |done| {
+            // SAFETY: Inside the mapping, as just checked.
+            (done, unsafe { base.add(done) })
+        });
+        Ok(pages)
     }
 
     /// Copies a folio into the pages at `offset`.
@@ -150,7 +155,11 @@ impl Mapping {
             return Err(EINVAL);
         }
         // SAFETY: Inside the mapping, and aligned since the mapping begins at a page boundary.
-        Ok(unsafe { self.at(offset, size_of::<u64>())?.cast::<u64>().read_volatile() })
+        Ok(unsafe {
+            self.at(offset, size_of::<u64>())?
+                .cast::<u64>()
+                .read_volatile()
+        })
     }
 
     /// Writes a word.
@@ -159,7 +168,11 @@ impl Mapping {
             return Err(EINVAL);
         }
         // SAFETY: As for reading.
-        unsafe { self.at(offset, size_of::<u64>())?.cast::<u64>().write_volatile(value) };
+        unsafe {
+            self.at(offset, size_of::<u64>())?
+                .cast::<u64>()
+                .write_volatile(value)
+        };
         Ok(())
     }
 }
@@ -167,9 +180,10 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         let base = self.base.as_ptr().cast();
-        // SAFETY: Made by the matching function, and not used any more.
         match self.kind {
+            // SAFETY: Made by `memremap`, and not used any more.
             Kind::WriteCombined => unsafe { bindings::memunmap(base) },
+            // SAFETY: Made by `vzalloc`, and not used any more.
             Kind::System => unsafe { bindings::vfree(base) },
         }
     }

@@ -40,7 +40,8 @@ impl<C: Client> Node<C> {
     }
 }
 
-/// What the kernel crate's misc devices ask for. Private, so that every one of its type is in a [`Node`].
+/// What the kernel crate's misc devices ask for. Private, so that every one of its type is in a
+/// [`Node`].
 #[pin_data]
 struct Handler<C: Client> {
     #[pin]
@@ -52,8 +53,8 @@ impl<C: Client> MiscDevice for Handler<C> {
     type Ptr = Pin<KBox<Self>>;
 
     fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
-        // SAFETY: Every registration of this type is in a `Node<C>`, whose other fields were initialised before it. The node
-        // stays while the kernel opens a file on it.
+        // SAFETY: Every registration of this type is in a `Node<C>`, whose other fields were
+        // initialised before it. The node stays while the kernel opens a file on it.
         let node = unsafe { &*container_of!(core::ptr::from_ref(misc), Node<C>, misc) };
         KBox::try_pin_init(
             try_pin_init!(Self {

@@ -4,13 +4,7 @@
 
 use crate::sys::{bindings, mapping::Mapping};
 use core::ops::Deref;
-use kernel::{
-    device::Core,
-    error::to_result,
-    pci::Device,
-    prelude::*,
-    sync::aref::ARef,
-};
+use kernel::{device::Core, error::to_result, pci::Device, prelude::*, sync::aref::ARef};
 
 /// Where a device is: domain, and bus << 8 | device << 3 | function.
 pub(crate) fn address(pdev: &Device<Core<'_>>) -> (u32, u32) {
@@ -33,7 +27,8 @@ pub(crate) fn largest_prefetchable(pdev: &Device) -> Option<(u32, u64, u64)> {
         .filter_map(|bar| {
             // CAST: Standard BARs are numbered 0 to 5.
             // SAFETY: The device is valid and so is the number.
-            let flags = unsafe { bindings::hmm_gpu_pci_resource_flags(as_raw(pdev), bar as c_int) } as usize;
+            let flags = unsafe { bindings::hmm_gpu_pci_resource_flags(as_raw(pdev), bar as c_int) }
+                as usize;
             let (start, len) = (pdev.resource_start(bar).ok()?, pdev.resource_len(bar).ok()?);
             (flags & WANTED == WANTED && start != 0 && len != 0).then_some((bar, start, len))
         })
@@ -52,7 +47,8 @@ struct Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: The device is valid, since it is referenced, and the region requested, by the type invariants.
+        // SAFETY: The device is valid, since it is referenced, and the region requested, by the
+        // type invariants.
         unsafe { bindings::pci_release_region(as_raw(&self.pdev), self.bar) };
     }
 }
@@ -94,7 +90,8 @@ pub(crate) struct Bar {
 impl Bar {
     /// Requests prefetchable memory BAR `bar` and maps its first `len` bytes.
     ///
-    /// Fails with `EINVAL` if it is no such BAR or is shorter, with `EBUSY` if somebody else has it, and with `ENOMEM`.
+    /// Fails with `EINVAL` if it is no such BAR or is shorter, with `EBUSY` if somebody else has
+    /// it, and with `ENOMEM`.
     pub(crate) fn new(pdev: &Device<Core<'_>>, bar: u32, len: u64) -> Result<Self> {
         let (start, available) = (pdev.resource_start(bar)?, pdev.resource_len(bar)?);
         // CAST: `resource_start` accepts standard BARs only, 0 to 5.
@@ -105,13 +102,16 @@ impl Bar {
             return Err(EINVAL);
         }
         // SAFETY: The device is bound.
-        to_result(unsafe { bindings::pci_request_region(as_raw(pdev), bar, c"hmm_gpu".as_ptr().cast()) })?;
+        to_result(unsafe {
+            bindings::pci_request_region(as_raw(pdev), bar, c"hmm_gpu".as_char_ptr())
+        })?;
         // INVARIANT: Just requested.
         let region = Region {
             pdev: pdev.into(),
             bar,
         };
-        // SAFETY: The BAR is prefetchable memory, requested until `region` is dropped, which is after the mapping is.
+        // SAFETY: The BAR is prefetchable memory, requested until `region` is dropped, which is
+        // after the mapping is.
         let mapping = unsafe { Mapping::write_combined(start, usize::try_from(len)?)? };
         Ok(Self {
             mapping,
