@@ -37,7 +37,7 @@ pub(crate) struct Counters {
     pub(crate) evicted: Counter,
     pub(crate) cpu_faults: Counter,
     pub(crate) cpu_fault_retries: Counter,
-    pub(crate) refused: Counter,
+    pub(crate) skipped: Counter,
     pub(crate) vram_failures: Counter,
     pub(crate) system_failures: Counter,
 }
@@ -55,7 +55,7 @@ impl Counters {
             evicted: Counter::new(),
             cpu_faults: Counter::new(),
             cpu_fault_retries: Counter::new(),
-            refused: Counter::new(),
+            skipped: Counter::new(),
             vram_failures: Counter::new(),
             system_failures: Counter::new(),
         }
@@ -76,7 +76,7 @@ impl Counters {
             evicted_pages: self.evicted.get(),
             cpu_faults: self.cpu_faults.get(),
             cpu_fault_retries: self.cpu_fault_retries.get(),
-            refused_pages: self.refused.get(),
+            skipped_pages: self.skipped.get(),
             vram_failures: self.vram_failures.get(),
             system_failures: self.system_failures.get(),
             reserved: [0; 6],

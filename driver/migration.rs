@@ -172,10 +172,6 @@ fn move_to_device(
     }
     memory.counters.to_device.add(outcome.moved);
     memory.counters.populated.add(populated);
-    memory
-        .counters
-        .refused
-        .add(got.saturating_sub(outcome.moved));
     outcome
 }
 
@@ -298,6 +294,7 @@ impl<'a> Request<'a> {
             already = there.min(pages - outcome.moved);
             skipped = pages - outcome.moved - already;
         }
+        map.data().counters.skipped.add(skipped);
         progress.done += pages * PAGE_BYTES;
         progress.moved += outcome.moved * PAGE_BYTES;
         progress.already += already * PAGE_BYTES;

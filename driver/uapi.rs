@@ -40,13 +40,13 @@ pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 pub const HMM_GPU_COUNTERS: u32 = 0xC0A0_E803;
 
 /// `MIGRATE` is there.
-pub const HMM_GPU_CAP_MIGRATE: u64 = 1 << 0;
+pub const HMM_GPU_CAP_MIGRATE: u64 = 0x1;
 /// `RESIDENCY` is there.
-pub const HMM_GPU_CAP_RESIDENCY: u64 = 1 << 1;
+pub const HMM_GPU_CAP_RESIDENCY: u64 = 0x2;
 /// `COUNTERS` is there.
-pub const HMM_GPU_CAP_COUNTERS: u64 = 1 << 2;
+pub const HMM_GPU_CAP_COUNTERS: u64 = 0x4;
 /// Pages come back by themselves when the CPU touches them.
-pub const HMM_GPU_CAP_FAULT_BACK: u64 = 1 << 3;
+pub const HMM_GPU_CAP_FAULT_BACK: u64 = 0x8;
 
 /// The VRAM is system memory that stands in for a GPU's.
 pub const HMM_GPU_SOURCE_SOFT: u32 = 1;
@@ -128,8 +128,8 @@ pub struct hmm_gpu_migrate {
     pub moved_bytes: u64,
     /// Out: bytes that were at the target already (for a system target: or not populated).
     pub already_bytes: u64,
-    /// Out: bytes that stayed where they were: memory that does not migrate, or pages that were
-    /// pinned or busy.
+    /// Out: bytes that stayed where they were: memory that does not migrate, mappings without any
+    /// access, pages that were pinned or busy, and, at a device target, pages on another device.
     pub skipped_bytes: u64,
     /// Out: bytes of the range at which nothing is mapped.
     pub unmapped_bytes: u64,
@@ -206,8 +206,8 @@ pub struct hmm_gpu_counters {
     pub cpu_faults: u64,
     /// CPU faults that found the page busy and were taken again.
     pub cpu_fault_retries: u64,
-    /// Collected for a move that the kernel then refused (pinned, or lost a race).
-    pub refused_pages: u64,
+    /// Left where they were by a request: what `skipped_bytes` counts.
+    pub skipped_pages: u64,
     /// Moves that found no VRAM.
     pub vram_failures: u64,
     /// Moves that found no system memory.
@@ -218,7 +218,7 @@ pub struct hmm_gpu_counters {
 
 /// `_IOWR(0xE8, nr, size)` of `<linux/ioctl.h>`.
 const fn iowr(nr: u32, size: usize) -> u32 {
-    3 << 30 | (size as u32) << 16 | 0xE8 << 8 | nr
+    (3 << 30) | ((size as u32) << 16) | (0xE8 << 8) | nr
 }
 
 const _: () = assert!(HMM_GPU_QUERY == iowr(0, size_of::<hmm_gpu_query>()));

@@ -69,8 +69,8 @@ counters! {
     cpu_faults,
     /// CPU faults that found the page busy and were taken again, in faults.
     cpu_fault_retries,
-    /// Collected for a move that the kernel then refused: pinned, or a race was lost.
-    refused_pages,
+    /// Left where they were by a request: what [`Moved::skipped`](crate::Moved::skipped) counts.
+    skipped_pages,
     /// Moves that found no VRAM, in moves.
     vram_failures,
     /// Moves that found no system memory, in moves.

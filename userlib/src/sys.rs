@@ -158,7 +158,8 @@ unsafe impl Ioctl for Call {
     const IS_MUTATING: bool = true;
 
     fn opcode(&self) -> Opcode {
-        self.number
+        // CAST: rustix's type has 32 bits or more, by its backend; on the way to the kernel only 32 count.
+        self.number as Opcode
     }
 
     fn as_ptr(&mut self) -> *mut c_void {

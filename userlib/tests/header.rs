@@ -54,7 +54,7 @@ rust_facts! {
         hmm_gpu_residency { addr, len, bytes_ptr, flags, reserved }
         hmm_gpu_counters {
             flags, live_pages, allocated_pages, freed_pages, to_device_pages, populated_pages, to_system_pages,
-            fault_back_pages, evicted_pages, cpu_faults, cpu_fault_retries, refused_pages, vram_failures,
+            fault_back_pages, evicted_pages, cpu_faults, cpu_fault_retries, skipped_pages, vram_failures,
             system_failures, reserved,
         }
     }

@@ -44,5 +44,5 @@ fn counters_are_as_version_1_fixed_them() {
     layout!(hmm_gpu_counters: 160 bytes,
         flags at 0, live_pages at 8, allocated_pages at 16, freed_pages at 24, to_device_pages at 32,
         populated_pages at 40, to_system_pages at 48, fault_back_pages at 56, evicted_pages at 64, cpu_faults at 72,
-        cpu_fault_retries at 80, refused_pages at 88, vram_failures at 96, system_failures at 104, reserved at 112);
+        cpu_fault_retries at 80, skipped_pages at 88, vram_failures at 96, system_failures at 104, reserved at 112);
 }

@@ -117,7 +117,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     println!("2. The whole Vec moves to VRAM: {moved}.");
     mirror.draw()?;
     mirror.compare()?;
-    println!("   And because the CPU read it all, all came back by itself:");
+    println!("   Because the CPU read it, all of it came back by itself:");
     mirror.draw()?;
     println!();
 
@@ -166,7 +166,7 @@ impl Mirror<'_> {
         if self.root.checksum(0) != self.expected {
             return Err(format!("the {bytes} bytes of the tree are not what they were").into());
         }
-        println!("   The CPU reads it all: all {bytes} bytes as they were.\n");
+        println!("   The CPU reads the whole tree: all {bytes} bytes as they were.\n");
         Ok(())
     }
 }

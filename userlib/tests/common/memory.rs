@@ -89,18 +89,22 @@ impl Span {
 
     fn read(self, index: usize) -> u64 {
         // SAFETY: inside the span, which a test maps readable before it reads it.
-        unsafe { (self.addr as *const u64).add(index).read_volatile() }
+        unsafe {
+            (self.addr as *const u64)
+                .wrapping_add(index)
+                .read_volatile()
+        }
     }
 
     /// Writes the pattern of a seed to every byte.
     pub fn fill(self, seed: u64) {
         for index in 0..self.words() {
+            let (place, word) = (
+                (self.addr as *mut u64).wrapping_add(index),
+                self.word(seed, index),
+            );
             // SAFETY: inside the span, which a test maps writable before it writes it.
-            unsafe {
-                (self.addr as *mut u64)
-                    .add(index)
-                    .write_volatile(self.word(seed, index))
-            }
+            unsafe { place.write_volatile(word) };
         }
     }
 
