@@ -28,3 +28,25 @@ endif
 userlib: prepare ## build the library, its header and the samples (target/tree/release, target/include)
 	$(VM)/enter -- sh -c 'CARGO_TARGET_DIR=target/tree cargo build --locked --release && mkdir -p target/include && \
 		cbindgen --quiet --config userlib/cbindgen.toml --output target/include/hmm_gpu.h driver/uapi.rs'
+
+.PHONY: demo
+demo: driver userlib ## load the driver in the virtual GPU host, bind a GPU, move memory there and back, show it
+	$(VM)/run --timeout 120 -- bench/vm/demo
+
+.PHONY: shell
+shell: driver userlib ## a prompt in the virtual GPU host, with the driver loaded and the samples there
+	$(VM)/shell
+
+.PHONY: test
+test: ## everything that can be verified; ends in `N passed, N failed, N skipped`
+	bench/test
+
+.PHONY: clean
+clean: ## remove what was built in this clone (the cache folder stays)
+	rm -rf target driver/sys/*_generated.rs
+	find driver \( -name '*.o' -o -name '*.ko' -o -name '*.mod' -o -name '*.mod.c' -o -name '.*.cmd' -o -name '*.d' \
+		-o -name modules.order -o -name Module.symvers \) -delete
+
+.PHONY: distclean
+distclean: clean ## remove the cache folder too: Debian tree, kernel, downloaded packages
+	rm -rf --one-file-system -- "$${XDG_CACHE_HOME:-$$HOME/.cache}/hmm-gpu"

@@ -97,8 +97,8 @@ fn patch_2_a_range_that_overlaps_system_ram_is_refused() {
 /// hundred times and under load: `guest_teardown`.)
 #[test]
 fn patch_3_the_same_vram_is_bound_again_after_every_way_to_unbind() {
-    for parameters in ["soft=0 add_resource=1", "soft=0"] {
-        let mut driver = Driver::load(parameters);
+    for parameters in ["add_resource=1", "add_resource=0"] {
+        let mut driver = Driver::load(&format!("soft=0 {parameters}"));
         let mut pages = vec![];
         let mut use_it = |device: &Device| {
             let area = Area::filled(64, 3);
@@ -125,7 +125,7 @@ fn patch_3_the_same_vram_is_bound_again_after_every_way_to_unbind() {
         drop((driver.bind(GPUS[1]), device));
         driver.try_remove().unwrap();
         driver.finish();
-        let (driver, device) = Driver::load_with(&parameters[7..], GPUS[1]);
+        let (driver, device) = Driver::load_with(parameters, GPUS[1]);
         use_it(&device);
         drop(device);
         driver.finish();

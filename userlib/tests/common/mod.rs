@@ -11,6 +11,7 @@ pub mod driver;
 pub mod kernel;
 pub mod memory;
 pub mod random;
+pub mod userfault;
 
 use std::time::{Duration, Instant};
 
