@@ -47,14 +47,14 @@ pub(crate) enum Step {
 }
 
 impl<D: AsRef<Device<Bound>>> Gpu<D> {
-    /// Puts the VRAM of a device to use. `pci` is where the device is.
+    /// Puts the VRAM of a device to use, as device `unit`. `pci` is where the device is.
     pub(crate) fn new(
+        unit: Unit,
         device: D,
         form: Form,
         pci: (u32, u32),
         vram: Vram,
     ) -> Result<impl PinInit<Self, Error>> {
-        let unit = Unit::take()?;
         let identity = Identity {
             unit: unit.number(),
             pci,

@@ -9,6 +9,7 @@ use crate::{
     gpu::{Gpu, Step},
     hmm::pagemap::Form,
     sys::pci::{address, largest_prefetchable, Bar, Enabled},
+    units::Unit,
     vram::Vram,
 };
 use kernel::{
@@ -103,5 +104,5 @@ fn new_gpu<'bound>(
         false => Form::Add,
     };
     let device: &'bound pci::Device<Bound> = pdev;
-    Gpu::new(device, form, address(pdev), vram)
+    Gpu::new(Unit::take()?, device, form, address(pdev), vram)
 }

@@ -4,7 +4,10 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{alloc::BLOCK_BYTES, gpu::Gpu, hmm::pagemap::Form, sys::mapping::Mapping, vram::Vram};
+use crate::{
+    alloc::BLOCK_BYTES, gpu::Gpu, hmm::pagemap::Form, sys::mapping::Mapping, units::Unit,
+    vram::Vram,
+};
 use kernel::{
     device::{Bound, Device},
     faux,
@@ -27,36 +30,36 @@ pub(crate) struct SoftGpu(
 );
 
 impl SoftGpu {
-    /// Makes one with `mib` MiB of VRAM, a multiple of 2.
-    pub(crate) fn new(mib: u32) -> Result<Self> {
-        let bytes = u64::from(mib) << 20;
-        if bytes == 0 || bytes % BLOCK_BYTES != 0 {
-            pr_err!(
-                "soft_mib={}: want a multiple of {}, not 0\n",
-                mib,
-                BLOCK_BYTES >> 20
-            );
-            return Err(EINVAL);
-        }
-        let host = Host(faux::Registration::new(c"hmm_gpu_soft", None)?);
+    /// Makes one with `bytes` of VRAM, a multiple of [`BLOCK_BYTES`].
+    fn new(bytes: u64, form: Form) -> Result<Self> {
+        let unit = Unit::take()?;
+        let host = Host(faux::Registration::new(unit.name(), None)?);
         let vram = Vram::Soft(Mapping::system(usize::try_from(bytes)?)?);
-        let gpu = Gpu::new(host, Form::Add, (0, 0), vram)?;
+        let gpu = Gpu::new(unit, host, form, (0, 0), vram)?;
         Ok(Self(KBox::try_pin_init(gpu, GFP_KERNEL)?))
     }
 }
 
-/// Makes `count` of them.
+/// Makes `count` of them, each with `mib` MiB of VRAM.
 pub(crate) fn devices(count: u32, mib: u32) -> Result<KVec<SoftGpu>> {
+    let bytes = u64::from(mib) << 20;
+    if bytes == 0 || bytes % BLOCK_BYTES != 0 {
+        pr_err!(
+            "soft_mib={}: want a multiple of {}, not 0\n",
+            mib,
+            BLOCK_BYTES >> 20
+        );
+        return Err(EINVAL);
+    }
     let mut devices = KVec::new();
     for _ in 0..count {
-        devices.push(SoftGpu::new(mib)?, GFP_KERNEL)?;
+        devices.push(SoftGpu::new(bytes, Form::Add)?, GFP_KERNEL)?;
     }
     Ok(devices)
 }
 
-/// Offers the 2 MiB at physical address `start` as a device's own memory, without making anything
-/// of it: what is System RAM must be refused.
+/// Makes one whose pages have the 2 MiB of physical addresses from `start` on, and takes it down
+/// again: what is System RAM must be refused.
 pub(crate) fn offer(start: u64) -> Result {
-    let host = Host(faux::Registration::new(c"hmm_gpu_offer", None)?);
-    crate::hmm::pagemap::check_range(host.as_ref(), start, BLOCK_BYTES)
+    SoftGpu::new(BLOCK_BYTES, Form::AddResource { start }).map(drop)
 }

@@ -430,7 +430,7 @@ fn release_region(dev: &Device<Bound>, region: Option<(u64, u64)>) {
 
 /// Whether `[start, start + bytes)` can become device pages: says why not, before `memremap_pages`
 /// would warn.
-pub(crate) fn check_range(dev: &Device<Bound>, start: u64, bytes: u64) -> Result {
+fn check_range(dev: &Device<Bound>, start: u64, bytes: u64) -> Result {
     let end = start.checked_add(bytes).ok_or(EINVAL)?;
     if start % ALIGN != 0 || bytes % ALIGN != 0 || bytes == 0 {
         dev_err!(
