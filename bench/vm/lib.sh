@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # Sourced by the scripts of this folder: where things are, messages, steps that are done once, and the mounts of the tree.
 
 VM=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -33,7 +33,7 @@ long_step() {
     "$@" >"$file" 2>&1 </dev/null &
     STEP_PID=$!
     set +m
-    trap 'kill -TERM -- "-$STEP_PID" 2>/dev/null; wait "$STEP_PID"; exit 130' INT TERM HUP
+    trap 'kill -TERM -- "-$STEP_PID" 2>/dev/null; wait "$STEP_PID" || true; exit 143' INT TERM HUP
     while kill -0 "$STEP_PID" 2>/dev/null; do
         sleep 0.5
         (( ++waited % 20 )) || log "    $($progress): $(tail -n 1 "$file" | tr -d '\r' | cut -c1-100)"
