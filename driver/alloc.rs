@@ -60,16 +60,20 @@ impl Allocator {
     /// Takes folios of `1 << order` pages: writes the index of the first page of each to `indices`,
     /// and returns how many there were. Fewer than asked for means that there is no more room.
     pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
+        // In pieces, so that interrupts are not off for long.
+        const PIECE: usize = 64;
+
         let mut got = 0;
-        loop {
-            got += self
-                .blocks
-                .lock()
-                .take(order, indices.get_mut(got..).unwrap_or_default());
-            if got == indices.len() || self.grow().is_err() {
-                return got;
+        while let Some(piece) = indices.get_mut(got..).filter(|rest| !rest.is_empty()) {
+            let want = piece.len().min(PIECE);
+            let piece = piece.get_mut(..want).unwrap_or_default();
+            let taken = self.blocks.lock().take(order, piece);
+            got += taken;
+            if taken < want && self.grow().is_err() {
+                break;
             }
         }
+        got
     }
 
     /// Takes one more block from the buddy.
@@ -96,6 +100,13 @@ impl Allocator {
     /// Gives back the `1 << order` pages from `index` on. Does not sleep.
     pub(crate) fn give_back(&self, index: usize, order: u32) {
         self.blocks.lock().give_back(index, order);
+    }
+
+    /// The blocks that were ever in use, by their offset in bytes.
+    pub(crate) fn for_each_block(&self, mut visit: impl FnMut(u64)) {
+        for blocks in self.taken.lock().iter() {
+            blocks.iter().for_each(|block| visit(block.offset()));
+        }
     }
 
     /// How many pages there are.

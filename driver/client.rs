@@ -24,8 +24,9 @@ use crate::{
 use kernel::{
     ioctl::_IOC_SIZE,
     mm::{Mm, MmWithUser},
+    new_mutex,
     prelude::*,
-    sync::{aref::ARef, Arc},
+    sync::{aref::ARef, Arc, Mutex, SetOnce},
     uaccess::UserSlice,
 };
 
@@ -37,20 +38,25 @@ pub(crate) type MemoryGate = Gate<PageMap<DeviceMemory>>;
 pub(crate) struct Client {
     gate: Arc<MemoryGate>,
     mm: ARef<Mm>,
+    /// Made when it is first needed: it takes the lock of the address space, for which an open of
+    /// a device node must not wait, since all misc devices wait for that.
+    watch: SetOnce<Pin<KBox<Watch>>>,
+    /// Held to make it.
     #[pin]
-    watch: Watch,
+    watch_lock: Mutex<()>,
 }
 
 impl node::Client for Client {
     type Device = Arc<MemoryGate>;
 
     fn open(gate: &Arc<MemoryGate>) -> Result<impl PinInit<Self, Error>> {
-        let user: ARef<MmWithUser> = current!().mm().ok_or(EINVAL)?.into();
+        let mm = ARef::<Mm>::from(&**current!().mm().ok_or(EINVAL)?);
         let gate = gate.clone();
         Ok(try_pin_init!(Self {
             gate,
-            mm: ARef::<Mm>::from(&**user),
-            watch <- Watch::new(user),
+            mm,
+            watch: SetOnce::new(),
+            watch_lock <- new_mutex!(()),
         }))
     }
 
@@ -73,6 +79,18 @@ impl node::Client for Client {
 }
 
 impl Client {
+    /// What tells whether the address space changed.
+    fn watch(&self, mm: &MmWithUser) -> Result<&Watch> {
+        if self.watch.as_ref().is_none() {
+            let _making = self.watch_lock.lock();
+            if self.watch.as_ref().is_none() {
+                self.watch
+                    .populate(KBox::try_pin_init(Watch::new(mm), GFP_KERNEL_ACCOUNT)?);
+            }
+        }
+        self.watch.as_ref().map(|watch| &**watch).ok_or(ENOMEM)
+    }
+
     fn query(&self, number: u32, argument: usize) -> Result {
         let (query, user) = UserStructure::read::<hmm_gpu_query>(number, argument, SMALLEST_QUERY)?;
         // The fields that the driver writes may hold anything before.
@@ -103,7 +121,7 @@ impl Client {
         };
         let (start, end) = range(migrate.addr, migrate.len)?;
         let mut progress = Progress::default();
-        let result = Request::new(&self.gate, &self.watch, target)
+        let result = Request::new(&self.gate, self.watch(mm)?, target)
             .and_then(|mut request| request.run(mm, start, end, &mut progress));
         // CAST: All widen.
         migrate.done_bytes = progress.done as u64;
@@ -129,6 +147,7 @@ impl Client {
             pages,
         )
         .writer();
+        let watch = self.watch(mm)?;
         let mut seen = KVec::from_elem(Seen::default(), BATCH.min(pages), GFP_KERNEL)?;
         let mut bytes = KVec::from_elem(0u8, BATCH.min(pages), GFP_KERNEL)?;
         for at in (start..end).step_by(BATCH * PAGE_BYTES) {
@@ -143,7 +162,7 @@ impl Client {
             {
                 let lock = ReadLocked::new(mm)?;
                 let map = self.gate.enter()?;
-                self.watch.look::<DeviceMemory>(&lock, at, seen)?;
+                watch.look::<DeviceMemory>(&lock, at, seen)?;
                 for (byte, seen) in bytes.iter_mut().zip(seen.iter()) {
                     *byte = place(&map, *seen);
                 }

@@ -167,4 +167,15 @@ impl Ops for DeviceMemory {
             }
         }
     }
+
+    fn unregistered(map: &PageMap<Self>) {
+        let memory = map.data();
+        // The next driver of the BAR may hand out what is in it.
+        if let Vram::Pci(bar) = &memory.vram {
+            memory.alloc.for_each_block(|offset| {
+                // CAST: An offset in bytes fits in a word. It is inside, so this cannot fail.
+                let _ = bar.zero(offset as usize, BLOCK_BYTES as usize);
+            });
+        }
+    }
 }

@@ -8,7 +8,7 @@ use crate::{
     alloc::{Allocator, BLOCK_BYTES},
     client::Client,
     devmem::{DeviceMemory, Identity},
-    hmm::pagemap::{Form, PageMap, Registered},
+    hmm::pagemap::{Form, PageMap, Parent, Registered},
     sys::{
         gate::{Lend, Lent},
         node::Node,
@@ -16,20 +16,15 @@ use crate::{
     units::Unit,
     vram::Vram,
 };
-use kernel::{
-    device::{Bound, Device},
-    prelude::*,
-};
+use kernel::prelude::*;
 
 /// A device that is in use. `D` is, or owns, what it is bound to.
 ///
 /// The fields are dropped in their order, which is the teardown: no new files; no new calls, and
 /// wait for those that run; evict, unregister the pages and let go of the VRAM; and last the
 /// number.
-#[pin_data]
-pub(crate) struct Gpu<D: AsRef<Device<Bound>>> {
-    #[pin]
-    node: Node<Client>,
+pub(crate) struct Gpu<D: Parent> {
+    node: Option<Pin<KBox<Node<Client>>>>,
     memory: Lent<Registered<D, DeviceMemory>>,
     unit: Unit,
 }
@@ -46,15 +41,17 @@ pub(crate) enum Step {
     Node,
 }
 
-impl<D: AsRef<Device<Bound>>> Gpu<D> {
+impl<D: Parent> Gpu<D> {
     /// Puts the VRAM of a device to use, as device `unit`. `pci` is where the device is.
+    ///
+    /// Nobody can open it before [`Gpu::publish`].
     pub(crate) fn new(
         unit: Unit,
         device: D,
         form: Form,
         pci: (u32, u32),
         vram: Vram,
-    ) -> Result<impl PinInit<Self, Error>> {
+    ) -> Result<Self> {
         let identity = Identity {
             unit: unit.number(),
             pci,
@@ -64,14 +61,9 @@ impl<D: AsRef<Device<Bound>>> Gpu<D> {
         let bytes = vram.len() as u64 / BLOCK_BYTES * BLOCK_BYTES;
         let alloc = Allocator::new(bytes)?;
         crate::fail_after(Step::Allocator)?;
-        let registered = Registered::new(
-            device,
-            form,
-            bytes,
-            DeviceMemory::new(identity, vram, alloc),
-        )?;
+        let memory = DeviceMemory::new(identity, vram, alloc);
+        let memory = Lent::new(Registered::new(device, form, bytes, memory)?)?;
         crate::fail_after(Step::PageMap)?;
-        let memory = Lent::new(registered)?;
         let map: &PageMap<DeviceMemory> = memory.owner().lend();
         unit.set_pages(map.first_pfn(), map.pages());
         pr_info!(
@@ -80,12 +72,18 @@ impl<D: AsRef<Device<Bound>>> Gpu<D> {
             bytes >> 20,
             memory.owner().start()
         );
-        let (name, gate) = (unit.name(), memory.gate().clone());
-        Ok(try_pin_init!(Self {
-            unit,
+        Ok(Self {
+            node: None,
             memory,
-            node <- Node::new(name, gate),
-            _: { crate::fail_after(Step::Node)? },
-        }))
+            unit,
+        })
+    }
+
+    /// Makes the device node.
+    pub(crate) fn publish(mut self) -> Result<Self> {
+        let node = Node::new(self.unit.name(), self.memory.gate().clone());
+        self.node = Some(KBox::try_pin_init(node, GFP_KERNEL)?);
+        crate::fail_after(Step::Node)?;
+        Ok(self)
     }
 }

@@ -76,8 +76,13 @@ impl kernel::InPlaceModule for HmmGpu {
                     soft::offer(start)?;
                 }
             },
-            soft: soft::devices(module_parameters::soft.value(), module_parameters::soft_mib.value())?,
+            soft: soft::devices(
+                module_parameters::soft.value(),
+                module_parameters::soft_mib.value(),
+            )?,
             pci <- driver::Registration::new(c"hmm_gpu", module),
+            // Last: from here on the module must not fail to load, for somebody may open a node.
+            _: { soft::publish(soft) },
         })
     }
 }

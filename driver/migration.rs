@@ -10,20 +10,17 @@ use crate::{
     client::MemoryGate,
     devmem::DeviceMemory,
     hmm::{
-        folio::SystemFolio,
+        folio::{Effort, SystemFolio},
         migrate::{Collected, Entries, Select, Source},
         pagemap::PageMap,
         range::{Seen, Watch},
-        vma::{is_anonymous, ReadLocked},
+        vma::{LockedVma, ReadLocked},
         PAGE_BYTES,
     },
     sys::mapping::Written,
 };
 use kernel::{
-    mm::{
-        virt::{flags, VmaRef},
-        MmWithUser,
-    },
+    mm::{virt::flags, MmWithUser},
     prelude::*,
 };
 
@@ -61,8 +58,8 @@ impl Scratch {
     /// Allocates it.
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
-            src: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
-            dst: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
+            src: KVec::from_elem(0, Entries::words(BATCH), GFP_KERNEL)?,
+            dst: KVec::from_elem(0, Entries::words(BATCH), GFP_KERNEL)?,
         })
     }
 
@@ -75,15 +72,17 @@ impl Scratch {
 /// Moves all device pages of a migration that is set up to system memory.
 pub(crate) fn move_to_system(mut collected: Collected<'_, DeviceMemory>, cause: Cause) -> Outcome {
     let mut outcome = Outcome::default();
+    let effort = match cause {
+        Cause::Fault => Effort::PageFault,
+        Cause::Request | Cause::Evict => Effort::MayFail,
+    };
     for i in 0..collected.pages() {
         let Some(Source::Device { map, index, order }) = collected.source(i) else {
             continue;
         };
         let memory = map.data();
-        let folio = SystemFolio::new(order).and_then(|mut folio| {
-            memory.vram.read_folio(index * PAGE_BYTES, &mut folio)?;
-            Ok(folio)
-        });
+        let folio = SystemFolio::new(order, effort)
+            .and_then(|folio| memory.vram.read_folio(index * PAGE_BYTES, folio));
         match folio {
             Ok(folio) => collected.set(i, folio),
             Err(_) => {
@@ -122,8 +121,7 @@ fn move_to_device(
 ) -> Outcome {
     let memory = map.data();
     let mut outcome = Outcome::default();
-    // Device memory that the CPU can address is a source too, and stays where it is. Large folios
-    // have been split.
+    // Large folios have been split, and what is on a device has not been collected.
     let may_move = |source: &Source<'_, DeviceMemory>| {
         !matches!(source, Source::Device { .. }) && source.pages() == 1
     };
@@ -149,13 +147,12 @@ fn move_to_device(
             memory.give_back(index, 0);
             continue;
         };
-        let offset = folio.index() * PAGE_BYTES;
-        let written = match &source {
-            Source::System(from) => memory.vram.write_folio(offset, from),
-            _ => memory.vram.zero(offset, PAGE_BYTES),
+        let filled = match &source {
+            Source::System(from) => memory.vram.write_folio(folio, from),
+            _ => memory.vram.zero_folio(folio),
         };
-        if written.is_ok() {
-            collected.set(i, folio);
+        if let Ok(filled) = filled {
+            collected.set(i, filled);
         }
     }
     let pages = outcome.without_memory.unwrap_or(collected.pages());
@@ -261,7 +258,7 @@ impl<'a> Request<'a> {
         &mut self,
         map: &PageMap<DeviceMemory>,
         lock: &ReadLocked<'_>,
-        vma: &VmaRef,
+        vma: LockedVma<'_>,
         start: usize,
         end: usize,
         progress: &mut Progress,
@@ -273,7 +270,7 @@ impl<'a> Request<'a> {
         // What nobody may access is not populated: a heap or a stack has such ranges, large and
         // empty.
         let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
-        let outcome = if is_anonymous(vma) && (accessible || self.target == Target::System) {
+        let outcome = if vma.is_anonymous() && (accessible || self.target == Target::System) {
             match Collected::range(vma, start, end, select, self.scratch.entries()) {
                 Ok(collected) if self.target == Target::Device => {
                     move_to_device(map, collected, &mut self.indices)
@@ -321,9 +318,12 @@ impl<'a> Request<'a> {
             return 0;
         }
         let here = |seen: &&Seen| seen.pfn().is_some_and(|pfn| map.index_of(pfn).is_some());
+        // What cannot be seen is not said to be there.
         let elsewhere = |seen: &&Seen| {
-            seen.pfn()
-                .is_some_and(|pfn| crate::units::of_pfn(pfn).is_some())
+            seen.is_hidden()
+                || seen
+                    .pfn()
+                    .is_some_and(|pfn| crate::units::of_pfn(pfn).is_some())
         };
         match self.target {
             Target::Device => seen.iter().filter(here).count(),

@@ -29,12 +29,10 @@ kernel::pci_device_table!(
 );
 
 /// A bound device.
-#[pin_data]
 pub(crate) struct PciGpu<'bound> {
-    #[pin]
-    gpu: Gpu<&'bound pci::Device<Bound>>,
-    // After all that uses the BAR.
-    enabled: Enabled,
+    _gpu: Gpu<&'bound pci::Device<Bound>>,
+    // Dropped after all that uses the BAR.
+    _enabled: Enabled,
 }
 
 impl pci::Driver for Driver {
@@ -47,17 +45,22 @@ impl pci::Driver for Driver {
         pdev: &'bound pci::Device<Core<'_>>,
         _info: Option<&'bound Self::IdInfo>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
-        try_pin_init!(PciGpu {
-            enabled: Enabled::new(pdev)?,
-            _: { crate::fail_after(Step::Enable)? },
-            gpu <- new_gpu(pdev)?,
+        PciGpu::new(pdev)
+    }
+}
+
+impl<'bound> PciGpu<'bound> {
+    fn new(pdev: &'bound pci::Device<Core<'_>>) -> Result<Self> {
+        let enabled = Enabled::new(pdev)?;
+        crate::fail_after(Step::Enable)?;
+        Ok(Self {
+            _gpu: new_gpu(pdev)?,
+            _enabled: enabled,
         })
     }
 }
 
-fn new_gpu<'bound>(
-    pdev: &'bound pci::Device<Core<'_>>,
-) -> Result<impl PinInit<Gpu<&'bound pci::Device<Bound>>, Error> + 'bound> {
+fn new_gpu<'bound>(pdev: &'bound pci::Device<Core<'_>>) -> Result<Gpu<&'bound pci::Device<Bound>>> {
     let Some((bar, start, len)) = largest_prefetchable(pdev) else {
         dev_err!(
             pdev,
@@ -104,5 +107,5 @@ fn new_gpu<'bound>(
         false => Form::Add,
     };
     let device: &'bound pci::Device<Bound> = pdev;
-    Gpu::new(Unit::take()?, device, form, address(pdev), vram)
+    Gpu::new(Unit::take()?, device, form, address(pdev), vram)?.publish()
 }

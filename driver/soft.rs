@@ -8,39 +8,20 @@ use crate::{
     alloc::BLOCK_BYTES, gpu::Gpu, hmm::pagemap::Form, sys::mapping::Mapping, units::Unit,
     vram::Vram,
 };
-use kernel::{
-    device::{Bound, Device},
-    faux,
-    prelude::*,
-};
+use kernel::{faux, prelude::*};
 
-/// The faux device that a soft device's pages are registered for.
-struct Host(faux::Registration);
+/// A soft device. It owns the faux device that its pages are registered for.
+pub(crate) type SoftGpu = Gpu<faux::Registration>;
 
-impl AsRef<Device<Bound>> for Host {
-    fn as_ref(&self) -> &Device<Bound> {
-        let device: &faux::Device<Bound> = self.0.as_ref();
-        device.as_ref()
-    }
+/// Makes one with `bytes` of VRAM, a multiple of [`BLOCK_BYTES`].
+fn new(bytes: u64, form: Form) -> Result<SoftGpu> {
+    let unit = Unit::take()?;
+    let host = faux::Registration::new(unit.name(), None)?;
+    let vram = Vram::Soft(Mapping::system(usize::try_from(bytes)?)?);
+    Gpu::new(unit, host, form, (0, 0), vram)
 }
 
-/// A soft device.
-pub(crate) struct SoftGpu(
-    #[expect(dead_code, reason = "dropping it is what it is for")] Pin<KBox<Gpu<Host>>>,
-);
-
-impl SoftGpu {
-    /// Makes one with `bytes` of VRAM, a multiple of [`BLOCK_BYTES`].
-    fn new(bytes: u64, form: Form) -> Result<Self> {
-        let unit = Unit::take()?;
-        let host = Host(faux::Registration::new(unit.name(), None)?);
-        let vram = Vram::Soft(Mapping::system(usize::try_from(bytes)?)?);
-        let gpu = Gpu::new(unit, host, form, (0, 0), vram)?;
-        Ok(Self(KBox::try_pin_init(gpu, GFP_KERNEL)?))
-    }
-}
-
-/// Makes `count` of them, each with `mib` MiB of VRAM.
+/// Makes `count` of them, each with `mib` MiB of VRAM. They are not published.
 pub(crate) fn devices(count: u32, mib: u32) -> Result<KVec<SoftGpu>> {
     let bytes = u64::from(mib) << 20;
     if bytes == 0 || bytes % BLOCK_BYTES != 0 {
@@ -53,7 +34,7 @@ pub(crate) fn devices(count: u32, mib: u32) -> Result<KVec<SoftGpu>> {
     }
     let mut devices = KVec::new();
     for _ in 0..count {
-        devices.push(SoftGpu::new(bytes, Form::Add)?, GFP_KERNEL)?;
+        devices.push(new(bytes, Form::Add)?, GFP_KERNEL)?;
     }
     Ok(devices)
 }
@@ -61,5 +42,20 @@ pub(crate) fn devices(count: u32, mib: u32) -> Result<KVec<SoftGpu>> {
 /// Makes one whose pages have the 2 MiB of physical addresses from `start` on, and takes it down
 /// again: what is System RAM must be refused.
 pub(crate) fn offer(start: u64) -> Result {
-    SoftGpu::new(BLOCK_BYTES, Form::AddResource { start }).map(drop)
+    new(BLOCK_BYTES, Form::AddResource { start }).map(drop)
+}
+
+/// Publishes what [`devices`] has made. It cannot fail, since a module must not once somebody may
+/// have opened a node of it: a device that has no node is said in the log, and given up.
+pub(crate) fn publish(devices: &mut KVec<SoftGpu>) {
+    let mut published = KVec::new();
+    for device in core::mem::take(devices) {
+        let result = device
+            .publish()
+            .and_then(|device| Ok(published.push(device, GFP_KERNEL)?));
+        if let Err(error) = result {
+            pr_err!("a soft device has no node: {:?}\n", error);
+        }
+    }
+    *devices = published;
 }

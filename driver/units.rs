@@ -4,23 +4,23 @@
 
 #![forbid(unsafe_code)]
 
-use crate::uapi::HMM_GPU_MAX_DEVICES;
+use crate::{bitmap::BLOCK_PAGES, uapi::HMM_GPU_MAX_DEVICES};
 use kernel::{
     prelude::*,
     sync::atomic::{Atomic, Full, Relaxed},
 };
 
+/// A number that is taken or not, and the pages of the device that has it.
 struct Slot {
     taken: Atomic<bool>,
-    first_pfn: Atomic<usize>,
-    end_pfn: Atomic<usize>,
+    /// First block of 2 MiB << 32 | number of blocks: one word, so that it is read whole.
+    pages: Atomic<u64>,
 }
 
 static SLOTS: [Slot; HMM_GPU_MAX_DEVICES as usize] = [const {
     Slot {
         taken: Atomic::new(false),
-        first_pfn: Atomic::new(0),
-        end_pfn: Atomic::new(0),
+        pages: Atomic::new(0),
     }
 }; HMM_GPU_MAX_DEVICES as usize];
 
@@ -64,11 +64,13 @@ impl Unit {
         NAMES.get(self.number).copied().unwrap_or_default()
     }
 
-    /// Says which page frame numbers the device's pages have.
+    /// Says which page frame numbers the device's pages have. They are whole blocks.
     pub(crate) fn set_pages(&self, first_pfn: usize, pages: usize) {
         if let Some(slot) = SLOTS.get(self.number) {
-            slot.first_pfn.store(first_pfn, Relaxed);
-            slot.end_pfn.store(first_pfn + pages, Relaxed);
+            // CAST: Widens. A physical address has 52 bits at most, so a block's number has 31.
+            let blocks = |pages: usize| (pages / BLOCK_PAGES) as u64;
+            slot.pages
+                .store(blocks(first_pfn) << 32 | blocks(pages), Relaxed);
         }
     }
 }
@@ -84,7 +86,11 @@ impl Drop for Unit {
 
 /// The number of the device that has page `pfn`, if any has. True at one moment.
 pub(crate) fn of_pfn(pfn: usize) -> Option<usize> {
-    SLOTS
-        .iter()
-        .position(|slot| (slot.first_pfn.load(Relaxed)..slot.end_pfn.load(Relaxed)).contains(&pfn))
+    // CAST: Widens.
+    let block = (pfn / BLOCK_PAGES) as u64;
+    SLOTS.iter().position(|slot| {
+        let pages = slot.pages.load(Relaxed);
+        let first = pages >> 32;
+        (first..first + (pages & u64::from(u32::MAX))).contains(&block)
+    })
 }

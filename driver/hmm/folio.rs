@@ -77,6 +77,15 @@ impl Drop for LockedFolio {
     }
 }
 
+/// What an allocation may do to have memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// Reclaim, and fail where that does not help (`__GFP_RETRY_MAYFAIL`).
+    MayFail,
+    /// As for a page fault: the kernel may kill a process to have memory.
+    PageFault,
+}
+
 /// A new folio of system memory, for a page to move into. Its content is undefined until written.
 ///
 /// # Invariants
@@ -89,9 +98,10 @@ impl SystemFolio {
     /// Allocates `1 << order` pages (`folio_alloc`, `GFP_HIGHUSER_MOVABLE`). May sleep and reclaim.
     ///
     /// Fails with `ENOMEM`.
-    pub(crate) fn new(order: u32) -> Result<Self> {
+    pub(crate) fn new(order: u32, effort: Effort) -> Result<Self> {
         // SAFETY: Always fine to call where sleeping is.
-        let folio = NonNull::new(unsafe { bindings::hmm_gpu_folio_alloc(order) }).ok_or(ENOMEM)?;
+        let folio = unsafe { bindings::hmm_gpu_folio_alloc(order, effort == Effort::MayFail) };
+        let folio = NonNull::new(folio).ok_or(ENOMEM)?;
         // SAFETY: The folio is ours alone, so locking it waits for nobody for long; the reference
         // is the one it was made with.
         let locked = unsafe {
@@ -118,9 +128,8 @@ impl SystemFolio {
     }
 }
 
-/// A device folio that is in nobody's page table yet, for a page to move into.
-///
-/// The VRAM behind it is the caller's to fill, wholly, before the folio is given to a migration.
+/// A device folio that is in nobody's page table yet, for a page to move into. The VRAM behind it
+/// holds what was there before.
 pub(crate) struct DeviceFolio<'a, T: Ops> {
     folio: LockedFolio,
     index: usize,
@@ -151,25 +160,37 @@ impl<'a, T: Ops> DeviceFolio<'a, T> {
     pub(crate) fn index(&self) -> usize {
         self.index
     }
-}
 
-/// A folio that a page can move into.
-pub(crate) trait Destination: Into<LockedFolio> {}
-
-impl From<SystemFolio> for LockedFolio {
-    fn from(folio: SystemFolio) -> Self {
-        folio.0
+    /// Bytes that the folio has.
+    pub(crate) fn len(&self) -> usize {
+        super::PAGE_BYTES << self.folio.order()
     }
 }
 
-impl<T: Ops> From<DeviceFolio<'_, T>> for LockedFolio {
-    fn from(folio: DeviceFolio<'_, T>) -> Self {
-        folio.folio
+/// A folio all of whose bytes have been written: what a page can move into.
+///
+/// What an unwritten folio holds is somebody else's, and would reach the process.
+pub(crate) struct Filled(LockedFolio);
+
+impl Filled {
+    /// # Safety
+    ///
+    /// All bytes of the folio have been written.
+    pub(crate) unsafe fn system(folio: SystemFolio) -> Self {
+        Self(folio.0)
+    }
+
+    /// # Safety
+    ///
+    /// All bytes of the VRAM behind the folio have been written.
+    pub(crate) unsafe fn device<T: Ops>(folio: DeviceFolio<'_, T>) -> Self {
+        Self(folio.folio)
+    }
+
+    pub(super) fn into_locked(self) -> LockedFolio {
+        self.0
     }
 }
-
-impl Destination for SystemFolio {}
-impl<T: Ops> Destination for DeviceFolio<'_, T> {}
 
 /// A folio of system memory that a migration has locked and unmapped: its bytes do not change.
 ///
@@ -222,6 +243,17 @@ pub(super) unsafe fn page_map_of(pfn: usize) -> Option<*mut bindings::dev_pagema
         bindings::hmm_gpu_folio_is_device_private(folio)
             .then(|| bindings::hmm_gpu_folio_pgmap(folio))
     }
+}
+
+/// Whether KSM knows the folio that page `pfn` is in.
+///
+/// # Safety
+///
+/// The page is locked and referenced.
+pub(super) unsafe fn is_ksm(pfn: usize) -> bool {
+    // SAFETY: The page is referenced, by the safety requirements, so its folio is valid. Being
+    // locked, it does not become KSM's.
+    unsafe { bindings::hmm_gpu_folio_test_ksm(folio_of(pfn)) }
 }
 
 /// log2 of the number of pages of the folio that page `pfn` is in.

@@ -13,14 +13,15 @@
 
 use crate::{
     hmm::{
-        folio::{self, Destination, LockedFolio, SourceFolio},
+        folio::{self, Filled, LockedFolio, SourceFolio},
         pagemap::{Ops, PageMap},
+        vma::LockedVma,
         PAGE_BYTES,
     },
     sys::{bindings, mapping::Written},
 };
 use core::{marker::PhantomData, mem::ManuallyDrop};
-use kernel::{error::to_result, mm::virt::VmaRef, prelude::*};
+use kernel::{error::to_result, prelude::*};
 
 const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
 const MIGRATE: usize = bindings::MIGRATE_PFN_MIGRATE as usize;
@@ -42,26 +43,40 @@ pub(crate) enum Select {
     Device,
 }
 
-/// Room for the entries of a migration: two words a page.
+/// Room for the entries of a migration: two words a page, and the same again for more than one.
+///
+/// Why so much: when `migrate_vma_collect_pmd` has split a large folio and finds that a racing
+/// `MADV_DONTNEED` has freed the page table, it starts over and reports the whole range once more,
+/// behind what it has reported, whether or not there is room (`goto again`, 7.3). What lies behind
+/// the range's own entries is never used.
 pub(crate) struct Entries<'a> {
     src: &'a mut [usize],
     dst: &'a mut [usize],
 }
 
 impl<'a> Entries<'a> {
-    /// Room for as many pages as the shorter of the two has.
+    /// Words in each of the two arrays for a migration of `pages` pages.
+    pub(crate) const fn words(pages: usize) -> usize {
+        if pages > 1 {
+            2 * pages
+        } else {
+            pages
+        }
+    }
+
+    /// Room for as many pages as [`Entries::words`] says of the shorter of the two.
     pub(crate) fn new(src: &'a mut [usize], dst: &'a mut [usize]) -> Self {
         Self { src, dst }
     }
 
-    fn len(&self) -> usize {
-        self.src.len().min(self.dst.len())
+    fn has_room_for(&self, pages: usize) -> bool {
+        Self::words(pages) <= self.src.len().min(self.dst.len())
     }
 }
 
 /// How the kernel is told about a migration.
 enum Kind {
-    /// Of a range of a mapping: `migrate_vma_*`.
+    /// Of a range of a mapping: `migrate_vma_*`. The arrays it names are those of the [`State`].
     Vma(bindings::migrate_vma),
     /// Of device pages, wherever they are mapped: `migrate_device_*`.
     Device,
@@ -71,23 +86,24 @@ enum Kind {
 ///
 /// # Invariants
 ///
-/// - `src` and `dst` have `pages` entries and belong to a migration that was set up and not
+/// - The first `pages` entries of `src` and `dst` belong to a migration that was set up and not
 ///   finalized.
-/// - An entry of `src` with `VALID` is a page that is locked and referenced for this migration. Its
-///   folio is unmapped if it has `MIGRATE` too.
-/// - An entry of `dst` that is not zero is a [`LockedFolio`] given to this migration.
+/// - Such an entry of `src` with `VALID` is a page that is locked and referenced for this
+///   migration. Its folio is unmapped if it has `MIGRATE` too.
+/// - An entry of `dst` that is not zero is one of the first `pages`, and a [`LockedFolio`] given to
+///   this migration.
 /// - Device-private pages among the sources belong to a `PageMap<T>`.
 struct State<'a, T: Ops> {
     kind: Kind,
-    src: &'a mut [usize],
-    dst: &'a mut [usize],
-    data: PhantomData<(&'a VmaRef, &'a PageMap<T>)>,
+    entries: Entries<'a>,
+    pages: usize,
+    data: PhantomData<(LockedVma<'a>, &'a PageMap<T>)>,
 }
 
 impl<T: Ops> State<'_, T> {
     /// What entry `i` names, if it may move or has moved.
     fn source(&self, i: usize) -> Option<Source<'_, T>> {
-        let entry = *self.src.get(i)?;
+        let entry = *self.entries.src.get(..self.pages)?.get(i)?;
         if entry & MIGRATE == 0 {
             return None;
         }
@@ -99,6 +115,8 @@ impl<T: Ops> State<'_, T> {
         unsafe {
             let order = folio::order_of(pfn);
             match folio::page_map_of(pfn) {
+                // The kernel would let it move, and KSM would then read device memory (7.3).
+                None if folio::is_ksm(pfn) => None,
                 None => Some(Source::System(SourceFolio::from_pfn(pfn, order))),
                 Some(raw) => {
                     let map = PageMap::<T>::from_raw(raw);
@@ -109,22 +127,41 @@ impl<T: Ops> State<'_, T> {
         }
     }
 
-    fn finalize(&mut self) {
+    /// Has the kernel do a step: with its arguments for a range, or with the arrays and their
+    /// length for device pages. The arrays are named anew, since this value may have moved.
+    fn step(
+        &mut self,
+        range: impl FnOnce(&mut bindings::migrate_vma),
+        device: impl FnOnce(*mut usize, *mut usize, usize),
+    ) {
+        let (src, dst) = (self.entries.src.as_mut_ptr(), self.entries.dst.as_mut_ptr());
         match &mut self.kind {
-            // SAFETY: Set up and not finalized, by the type invariants; this is called once, by a
-            // drop.
-            Kind::Vma(args) => unsafe { bindings::migrate_vma_finalize(args) },
-            Kind::Device => {
-                // SAFETY: As above.
-                unsafe {
-                    bindings::migrate_device_finalize(
-                        self.src.as_mut_ptr(),
-                        self.dst.as_mut_ptr(),
-                        self.src.len(),
-                    )
-                }
+            Kind::Vma(args) => {
+                (args.src, args.dst) = (src, dst);
+                range(args);
             }
+            Kind::Device => device(src, dst, self.pages),
         }
+    }
+
+    /// `migrate_vma_pages`, `migrate_device_pages`.
+    fn pages(&mut self) {
+        self.step(
+            // SAFETY: Set up and not finalized, by the type invariants.
+            |args| unsafe { bindings::migrate_vma_pages(args) },
+            // SAFETY: As above. Without a mapping no source is a hole.
+            |src, dst, pages| unsafe { bindings::migrate_device_pages(src, dst, pages) },
+        );
+    }
+
+    /// `migrate_vma_finalize`, `migrate_device_finalize`. To be called once, last.
+    fn finalize(&mut self) {
+        self.step(
+            // SAFETY: Set up and not finalized, by the type invariants; drops call this once.
+            |args| unsafe { bindings::migrate_vma_finalize(args) },
+            // SAFETY: As above.
+            |src, dst, pages| unsafe { bindings::migrate_device_finalize(src, dst, pages) },
+        );
     }
 }
 
@@ -171,7 +208,7 @@ impl<'a, T: Ops> Collected<'a, T> {
     /// inside the mapping, and for mappings that do not migrate (hugetlb, DAX, I/O and PFN
     /// mappings).
     pub(crate) fn range(
-        vma: &'a VmaRef,
+        vma: LockedVma<'a>,
         start: usize,
         end: usize,
         select: Select,
@@ -181,17 +218,9 @@ impl<'a, T: Ops> Collected<'a, T> {
             Select::System => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM,
             Select::Device => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
         };
-        // SAFETY: `VmaRef` is a locked mapping for `'a`, and nothing faults here.
-        unsafe {
-            Self::setup(
-                vma.as_ptr(),
-                start,
-                end,
-                flags,
-                core::ptr::null_mut(),
-                entries,
-            )
-        }
+        let no_fault = core::ptr::null_mut();
+        // SAFETY: The mapping is under the mmap lock for `'a`, and nothing faults here.
+        unsafe { Self::setup(vma.as_ptr(), start, end, flags, no_fault, entries) }
     }
 
     /// Sets up a migration of the live folios of `map` from page `from` on, wherever they are
@@ -200,7 +229,7 @@ impl<'a, T: Ops> Collected<'a, T> {
     ///
     /// Folios that are busy or gone by now have no source.
     pub(crate) fn live(map: &'a PageMap<T>, from: usize, entries: Entries<'a>) -> (Self, usize) {
-        let room = entries.len();
+        let room = entries.src.len().min(entries.dst.len());
         let (mut used, mut next) = (0, from);
         for (index, order) in map.live_folios(from) {
             let pages = 1usize << order;
@@ -213,18 +242,16 @@ impl<'a, T: Ops> Collected<'a, T> {
             used += pages;
             next = index + pages;
         }
-        let (src, _) = entries.src.split_at_mut(used);
-        let (dst, _) = entries.dst.split_at_mut(used);
-        dst.fill(0);
+        entries.dst.fill(0);
         // SAFETY: `src` has `used` page frame numbers of the map's pages, which have a `struct
         // page` since the map is registered. It cannot fail: it returns 0 always.
-        unsafe { bindings::migrate_device_pfns(src.as_mut_ptr(), used) };
+        unsafe { bindings::migrate_device_pfns(entries.src.as_mut_ptr(), used) };
         // INVARIANT: Just set up; no destination has been given; the pages are all of `map`, a
         // `PageMap<T>`.
         let state = State {
             kind: Kind::Device,
-            src,
-            dst,
+            entries,
+            pages: used,
             data: PhantomData,
         };
         (Self { state }, next)
@@ -232,8 +259,8 @@ impl<'a, T: Ops> Collected<'a, T> {
 
     /// # Safety
     ///
-    /// `vma` is locked for `'a`. `fault_page` is null, or the locked and referenced device-private
-    /// page of a fault at `start`.
+    /// `vma` is under the mmap lock for `'a`. `fault_page` is null, or the locked and referenced
+    /// device-private page of a fault at `start`.
     unsafe fn setup(
         vma: *mut bindings::vm_area_struct,
         start: usize,
@@ -243,16 +270,14 @@ impl<'a, T: Ops> Collected<'a, T> {
         entries: Entries<'a>,
     ) -> Result<Self> {
         let pages = end.checked_sub(start).ok_or(EINVAL)? / PAGE_BYTES;
-        if pages == 0 || pages > entries.len() {
+        if pages == 0 || !entries.has_room_for(pages) {
             return Err(EINVAL);
         }
-        let (src, _) = entries.src.split_at_mut(pages);
-        let (dst, _) = entries.dst.split_at_mut(pages);
-        dst.fill(0);
+        entries.dst.fill(0);
         let mut args = bindings::migrate_vma {
             vma,
-            dst: dst.as_mut_ptr(),
-            src: src.as_mut_ptr(),
+            dst: entries.dst.as_mut_ptr(),
+            src: entries.src.as_mut_ptr(),
             cpages: 0,
             npages: 0,
             start,
@@ -262,7 +287,8 @@ impl<'a, T: Ops> Collected<'a, T> {
             flags: flags as usize,
             fault_page,
         };
-        // SAFETY: The mapping is locked, and the arrays have an entry for each page.
+        // SAFETY: The mapping is locked, and the arrays have all the room that the kernel may use:
+        // see `Entries`.
         to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
         // INVARIANT: Set up; no destination has been given. The kernel collects device-private
         // pages of the owner `T::owner()` only, which are those of a `PageMap<T>`. It may have
@@ -270,8 +296,8 @@ impl<'a, T: Ops> Collected<'a, T> {
         Ok(Self {
             state: State {
                 kind: Kind::Vma(args),
-                src,
-                dst,
+                entries,
+                pages,
                 data: PhantomData,
             },
         })
@@ -279,7 +305,7 @@ impl<'a, T: Ops> Collected<'a, T> {
 
     /// How many pages the migration spans.
     pub(crate) fn pages(&self) -> usize {
-        self.state.src.len()
+        self.state.pages
     }
 
     /// What is at page `i` of the migration, if it may move.
@@ -289,12 +315,12 @@ impl<'a, T: Ops> Collected<'a, T> {
         self.state.source(i)
     }
 
-    /// Has page `i`, and the rest of its folio, move into `folio`, which must have been written.
+    /// Has page `i`, and the rest of its folio, move into `folio`.
     ///
     /// The folio is given back if nothing may move at `i`, if it has a destination already, or if
     /// the sizes differ.
-    pub(crate) fn set(&mut self, i: usize, folio: impl Destination) {
-        let folio: LockedFolio = folio.into();
+    pub(crate) fn set(&mut self, i: usize, folio: Filled) {
+        let folio = folio.into_locked();
         let order = folio.order();
         if self
             .source(i)
@@ -302,9 +328,16 @@ impl<'a, T: Ops> Collected<'a, T> {
         {
             return;
         }
-        if let Some(entry) = self.state.dst.get_mut(i).filter(|entry| **entry == 0) {
+        if let Some(entry) = self
+            .state
+            .entries
+            .dst
+            .get_mut(i)
+            .filter(|entry| **entry == 0)
+        {
             let compound = if order > 0 { COMPOUND } else { 0 };
-            // INVARIANT: The folio is given to the migration with its lock and its reference.
+            // INVARIANT: The folio is given to the migration with its lock and its reference. Since
+            // there is a source at `i`, it is one of the migration's entries.
             *entry = folio.into_pfn() << SHIFT | VALID | compound;
         }
     }
@@ -316,20 +349,7 @@ impl<'a, T: Ops> Collected<'a, T> {
         let this = ManuallyDrop::new(self);
         // SAFETY: `this` is not used or dropped after this: its state moves to the value returned.
         let mut state = unsafe { core::ptr::read(&this.state) };
-        match &mut state.kind {
-            // SAFETY: Set up and not finalized, by the type invariants.
-            Kind::Vma(args) => unsafe { bindings::migrate_vma_pages(args) },
-            Kind::Device => {
-                // SAFETY: As above. Without a mapping no source is a hole.
-                unsafe {
-                    bindings::migrate_device_pages(
-                        state.src.as_mut_ptr(),
-                        state.dst.as_mut_ptr(),
-                        state.src.len(),
-                    )
-                }
-            }
-        }
+        state.pages();
         Moved { state }
     }
 }
@@ -337,7 +357,7 @@ impl<'a, T: Ops> Collected<'a, T> {
 impl<T: Ops> Drop for Collected<'_, T> {
     fn drop(&mut self) {
         // Nothing has moved: the destinations must not be taken for the pages' new places.
-        for entry in self.state.dst.iter_mut() {
+        for entry in self.state.entries.dst.iter_mut() {
             if let Some(pfn) = pfn_of(core::mem::take(entry)) {
                 // SAFETY: The entry was made by `set` from a folio that was given to this
                 // migration, and is forgotten here.
@@ -360,7 +380,10 @@ impl<T: Ops> Moved<'_, T> {
     ///
     /// What was in system memory can still be read there, and a device page is still in use there.
     pub(crate) fn moved(&self, i: usize) -> Option<Source<'_, T>> {
-        self.state.dst.get(i).filter(|entry| **entry & VALID != 0)?;
+        let destination = self.state.entries.dst.get(i)?;
+        if destination & VALID == 0 {
+            return None;
+        }
         self.state.source(i)
     }
 }

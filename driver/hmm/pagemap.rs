@@ -17,6 +17,7 @@ use kernel::{
     container_of,
     device::{Bound, Device},
     error::from_err_ptr,
+    faux, pci,
     prelude::*,
     sync::atomic::{Acquire, Atomic, Full, Relaxed, Release},
     types::Opaque,
@@ -67,6 +68,9 @@ pub(crate) trait Ops: Send + Sync + Sized + 'static {
     /// Moves live pages to system memory, as the map has been closed: called again until
     /// [`PageMap::live_folios`] yields nothing.
     fn evict_all(map: &PageMap<Self>);
+
+    /// The device has no pages any more.
+    fn unregistered(map: &PageMap<Self>);
 }
 
 /// Which physical addresses the device pages get.
@@ -122,7 +126,7 @@ impl<T: Ops> PageMap<T> {
         folio_free: Some(Self::folio_free),
         migrate_to_ram: Some(Self::migrate_to_ram),
         memory_failure: None,
-        folio_split: None,
+        folio_split: Some(Self::folio_split),
     };
 
     fn new(pages: usize, data: impl PinInit<T, Error>) -> Result<Pin<KBox<Self>>> {
@@ -256,6 +260,36 @@ impl<T: Ops> PageMap<T> {
 
     /// # Safety
     ///
+    /// Called by the kernel as `dev_pagemap_ops::folio_split`, for a folio of a `PageMap<T>`: with
+    /// each folio that is split off it, and last with null. Interrupts are off.
+    unsafe extern "C" fn folio_split(first: *mut bindings::folio, other: *mut bindings::folio) {
+        // SAFETY: The folios are locked and frozen while they are split; their page map waits for
+        // them before it goes. The first has its new order already. The others need what the
+        // kernel itself gives them where a driver has no such function.
+        let (map, folio) = unsafe {
+            let pgmap = bindings::hmm_gpu_folio_pgmap(first);
+            if !other.is_null() {
+                bindings::hmm_gpu_folio_inherit(other, first);
+            }
+            (
+                Self::from_raw(pgmap),
+                if other.is_null() { first } else { other },
+            )
+        };
+        // SAFETY: As above.
+        let (pfn, order) = unsafe {
+            (
+                bindings::hmm_gpu_folio_pfn(folio),
+                bindings::hmm_gpu_folio_order(folio),
+            )
+        };
+        if let Some(state) = map.index_of(pfn).and_then(|index| map.state.get(index)) {
+            state.store(head(order), Release);
+        }
+    }
+
+    /// # Safety
+    ///
     /// Called by the kernel as `dev_pagemap_ops::migrate_to_ram`, for a page of a `PageMap<T>`.
     unsafe extern "C" fn migrate_to_ram(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
         // SAFETY: The kernel passes a fault on a locked, referenced device-private page of ours,
@@ -272,6 +306,31 @@ impl<T: Ops> PageMap<T> {
     }
 }
 
+/// What device pages are registered for: a device that is bound as long as the value exists.
+///
+/// # Safety
+///
+/// `device` returns the same device at every call, and that stays bound until the value is dropped.
+pub(crate) unsafe trait Parent {
+    /// The device.
+    fn device(&self) -> &Device<Bound>;
+}
+
+// SAFETY: The reference is to one device, which is bound while the reference lives.
+unsafe impl Parent for &pci::Device<Bound> {
+    fn device(&self) -> &Device<Bound> {
+        (*self).as_ref()
+    }
+}
+
+// SAFETY: A registration has one device, which is bound until the registration is dropped.
+unsafe impl Parent for faux::Registration {
+    fn device(&self) -> &Device<Bound> {
+        let device: &faux::Device<Bound> = self.as_ref();
+        device.as_ref()
+    }
+}
+
 /// Owns the device pages of a device: a registered [`PageMap`].
 ///
 /// Dropping it evicts, unregisters and frees, in this order, and may wait long for the first. It is
@@ -282,13 +341,13 @@ impl<T: Ops> PageMap<T> {
 ///
 /// `map` is registered with `devm_memremap_pages` for `device`, and `region` is a managed region of
 /// `device`.
-pub(crate) struct Registered<D: AsRef<Device<Bound>>, T: Ops> {
+pub(crate) struct Registered<D: Parent, T: Ops> {
     map: Pin<KBox<PageMap<T>>>,
     region: Option<(u64, u64)>,
     device: D,
 }
 
-impl<D: AsRef<Device<Bound>>, T: Ops> Registered<D, T> {
+impl<D: Parent, T: Ops> Registered<D, T> {
     /// Registers `bytes` of device memory in either form.
     ///
     /// Refuses, with the reason in the kernel's log and before the core of the kernel would warn:
@@ -301,7 +360,7 @@ impl<D: AsRef<Device<Bound>>, T: Ops> Registered<D, T> {
         bytes: u64,
         data: impl PinInit<T, Error>,
     ) -> Result<Self> {
-        let dev: &Device<Bound> = device.as_ref();
+        let dev = device.device();
         if bytes == 0 || bytes % ALIGN != 0 {
             dev_err!(
                 dev,
@@ -366,7 +425,7 @@ impl<D: AsRef<Device<Bound>>, T: Ops> Registered<D, T> {
 }
 
 // SAFETY: The page map is in a box of its own and pinned, and nothing replaces it.
-unsafe impl<D: AsRef<Device<Bound>>, T: Ops> Lend for Registered<D, T> {
+unsafe impl<D: Parent, T: Ops> Lend for Registered<D, T> {
     type Target = PageMap<T>;
 
     fn lend(&self) -> &PageMap<T> {
@@ -379,17 +438,18 @@ unsafe impl<D: AsRef<Device<Bound>>, T: Ops> Lend for Registered<D, T> {
     }
 }
 
-impl<D: AsRef<Device<Bound>>, T: Ops> Drop for Registered<D, T> {
+impl<D: Parent, T: Ops> Drop for Registered<D, T> {
     fn drop(&mut self) {
         self.closing();
         while self.map.live_folios(0).next().is_some() {
             T::evict_all(&self.map);
         }
-        let dev = self.device.as_ref();
+        let dev = self.device.device();
         // SAFETY: Registered for this device, by the type invariants, which is still bound since
         // `D` says so. Waits until the last reference is gone.
         unsafe { bindings::devm_memunmap_pages(as_raw(dev), self.map.raw.get()) };
         release_region(dev, self.region);
+        T::unregistered(&self.map);
     }
 }
 

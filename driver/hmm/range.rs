@@ -12,10 +12,11 @@ use crate::{
     },
     sys::bindings,
 };
-use kernel::{error::to_result, mm::MmWithUser, prelude::*, sync::aref::ARef, types::Opaque};
+use kernel::{error::to_result, mm::MmWithUser, prelude::*, types::Opaque};
 
 const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
 const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
+const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
 const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS;
 
 /// Tells whether an address space changed while it was looked at: an interval notifier over all of
@@ -43,13 +44,15 @@ impl Watch {
             invalidate_finish: None,
         };
 
-    /// Watches `mm`.
-    pub(crate) fn new(mm: ARef<MmWithUser>) -> impl PinInit<Self, Error> {
+    /// Watches `mm`, for which its lock is taken for writing.
+    ///
+    /// Fails with `EINTR` if a signal comes, and with `ENOMEM`.
+    pub(crate) fn new(mm: &MmWithUser) -> impl PinInit<Self, Error> + '_ {
         try_pin_init!(Self {
             // INVARIANT: Registered if this returns `Ok`.
             raw <- Opaque::try_ffi_init(|raw| {
                 // SAFETY: `raw` is pinned until `drop` has removed it; the address space has users.
-                to_result(unsafe { bindings::mmu_interval_notifier_insert(raw, mm.as_raw(), 0, user_end(), Self::OPS) })
+                to_result(unsafe { bindings::hmm_gpu_mmu_interval_insert(raw, mm.as_raw(), 0, user_end(), Self::OPS) })
             }),
         })
     }
@@ -128,6 +131,11 @@ impl Seen {
     /// asked for.
     pub(crate) fn pfn(self) -> Option<usize> {
         (self.0 & VALID != 0).then_some(self.0 & !FLAGS)
+    }
+
+    /// Whether it could not be seen: the mapping allows no reading.
+    pub(crate) fn is_hidden(self) -> bool {
+        self.0 & ERROR != 0
     }
 
     /// Whether the process may write to it without a fault that changes the mapping.

@@ -3,6 +3,7 @@
 //! Address spaces and their mappings, as far as the kernel crate lacks them.
 
 use crate::sys::bindings;
+use core::ops::Deref;
 use kernel::{
     error::to_result,
     mm::{virt::VmaRef, MmWithUser},
@@ -40,12 +41,12 @@ impl<'a> ReadLocked<'a> {
 
     /// The first mapping that ends above `address` (`find_vma`): the one that `address` is in, or
     /// the next.
-    pub(crate) fn find_vma(&self, address: usize) -> Option<&VmaRef> {
+    pub(crate) fn find_vma(&self, address: usize) -> Option<LockedVma<'_>> {
         // SAFETY: The lock is held, by the type invariants.
         let vma = unsafe { bindings::find_vma(self.mm.as_raw(), address) };
         // SAFETY: A mapping that was found is valid and stays while the lock is held, which is as
         // long as `self` is borrowed.
-        (!vma.is_null()).then(|| unsafe { VmaRef::from_raw(vma) })
+        (!vma.is_null()).then(|| LockedVma(unsafe { VmaRef::from_raw(vma) }))
     }
 }
 
@@ -56,10 +57,28 @@ impl Drop for ReadLocked<'_> {
     }
 }
 
-/// Whether `vma` is private anonymous memory.
-pub(crate) fn is_anonymous(vma: &VmaRef) -> bool {
-    // SAFETY: The reference is to a valid mapping that is locked.
-    unsafe { bindings::hmm_gpu_vma_is_anonymous(vma.as_ptr()) }
+/// A mapping under the mmap lock: a [`VmaRef`] alone may be under the lock of the mapping only.
+///
+/// # Invariants
+///
+/// The mmap lock is held for `'a`.
+#[derive(Clone, Copy)]
+pub(crate) struct LockedVma<'a>(&'a VmaRef);
+
+impl Deref for LockedVma<'_> {
+    type Target = VmaRef;
+
+    fn deref(&self) -> &VmaRef {
+        self.0
+    }
+}
+
+impl LockedVma<'_> {
+    /// Whether it is private anonymous memory.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        // SAFETY: The reference is to a valid mapping that is locked.
+        unsafe { bindings::hmm_gpu_vma_is_anonymous(self.as_ptr()) }
+    }
 }
 
 /// The first address that is not user space's.

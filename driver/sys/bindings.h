@@ -25,12 +25,14 @@ struct page *hmm_gpu_pfn_to_page(unsigned long pfn);
 unsigned long hmm_gpu_folio_pfn(const struct folio *folio);
 unsigned int hmm_gpu_folio_order(const struct folio *folio);
 struct folio *hmm_gpu_page_folio(struct page *page);
-struct folio *hmm_gpu_folio_alloc(unsigned int order);
+struct folio *hmm_gpu_folio_alloc(unsigned int order, bool may_fail);
 void hmm_gpu_folio_lock(struct folio *folio);
 void hmm_gpu_folio_unlock(struct folio *folio);
 void hmm_gpu_folio_put(struct folio *folio);
+bool hmm_gpu_folio_test_ksm(const struct folio *folio);
 bool hmm_gpu_folio_is_device_private(const struct folio *folio);
 struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio);
+void hmm_gpu_folio_inherit(struct folio *folio, const struct folio *from);
 void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order);
 void hmm_gpu_copy_page(void *to, const void *from);
 void hmm_gpu_clear_page(void *to);
@@ -46,6 +48,8 @@ bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma);
 int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm);
 void hmm_gpu_mmap_read_unlock(struct mm_struct *mm);
 unsigned long hmm_gpu_task_size(void);
+int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct mm_struct *mm, unsigned long start,
+				unsigned long length, const struct mmu_interval_notifier_ops *ops);
 void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq);
 
 /* PCI */

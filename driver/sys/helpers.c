@@ -30,9 +30,9 @@ struct folio *hmm_gpu_page_folio(struct page *page)
 	return page_folio(page);
 }
 
-struct folio *hmm_gpu_folio_alloc(unsigned int order)
+struct folio *hmm_gpu_folio_alloc(unsigned int order, bool may_fail)
 {
-	return folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOWARN, order);
+	return folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOWARN | (may_fail ? __GFP_RETRY_MAYFAIL : 0), order);
 }
 
 void hmm_gpu_folio_lock(struct folio *folio)
@@ -50,6 +50,11 @@ void hmm_gpu_folio_put(struct folio *folio)
 	folio_put(folio);
 }
 
+bool hmm_gpu_folio_test_ksm(const struct folio *folio)
+{
+	return folio_test_ksm(folio);
+}
+
 bool hmm_gpu_folio_is_device_private(const struct folio *folio)
 {
 	return folio_is_device_private(folio);
@@ -58,6 +63,12 @@ bool hmm_gpu_folio_is_device_private(const struct folio *folio)
 struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio)
 {
 	return folio->pgmap;
+}
+
+void hmm_gpu_folio_inherit(struct folio *folio, const struct folio *from)
+{
+	folio->pgmap = from->pgmap;
+	folio->page.mapping = from->page.mapping;
 }
 
 void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order)
@@ -116,6 +127,18 @@ void hmm_gpu_mmap_read_unlock(struct mm_struct *mm)
 unsigned long hmm_gpu_task_size(void)
 {
 	return TASK_SIZE;
+}
+
+int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct mm_struct *mm, unsigned long start,
+				unsigned long length, const struct mmu_interval_notifier_ops *ops)
+{
+	int ret = mmap_write_lock_killable(mm);
+
+	if (ret)
+		return ret;
+	ret = mmu_interval_notifier_insert_locked(notifier, mm, start, length, ops);
+	mmap_write_unlock(mm);
+	return ret;
 }
 
 void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq)

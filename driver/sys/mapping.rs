@@ -4,7 +4,8 @@
 
 use crate::{
     hmm::{
-        folio::{SourceFolio, SystemFolio},
+        folio::{DeviceFolio, Filled, SourceFolio, SystemFolio},
+        pagemap::Ops,
         PAGE_BYTES,
     },
     sys::bindings,
@@ -119,25 +120,44 @@ impl Mapping {
         Ok(pages)
     }
 
-    /// Copies a folio into the pages at `offset`.
-    pub(crate) fn write_folio(&self, offset: usize, from: &SourceFolio<'_>) -> Result {
+    /// Copies a folio of system memory into a device folio of the same size, whose page `i` is at
+    /// `i * PAGE_BYTES` of this mapping.
+    ///
+    /// Fails with `EINVAL` if the sizes differ or the folio lies outside.
+    pub(crate) fn write_folio<T: Ops>(
+        &self,
+        to: DeviceFolio<'_, T>,
+        from: &SourceFolio<'_>,
+    ) -> Result<Filled> {
+        if to.len() != from.len() {
+            return Err(EINVAL);
+        }
         let source = from.as_ptr().as_ptr();
-        for (done, page) in self.pages(offset, from.len())? {
+        for (done, page) in self.pages(to.index() * PAGE_BYTES, to.len())? {
             // SAFETY: A page of the mapping, and a page of the folio.
             unsafe { bindings::hmm_gpu_copy_page(page.cast(), source.add(done).cast()) };
         }
-        Ok(())
+        // SAFETY: Just written, all of it.
+        Ok(unsafe { Filled::device(to) })
     }
 
-    /// Copies the pages at `offset` into a folio.
-    pub(crate) fn read_folio(&self, offset: usize, to: &mut SystemFolio) -> Result {
+    /// Fills a device folio, whose page `i` is at `i * PAGE_BYTES` of this mapping, with zeroes.
+    pub(crate) fn zero_folio<T: Ops>(&self, to: DeviceFolio<'_, T>) -> Result<Filled> {
+        self.zero(to.index() * PAGE_BYTES, to.len())?;
+        // SAFETY: Just written, all of it.
+        Ok(unsafe { Filled::device(to) })
+    }
+
+    /// Copies the pages at `offset` into a folio of system memory.
+    pub(crate) fn read_folio(&self, offset: usize, mut to: SystemFolio) -> Result<Filled> {
         let len = to.len();
         let target = to.as_mut_ptr().as_ptr();
         for (done, page) in self.pages(offset, len)? {
             // SAFETY: A page of the folio, which is ours alone, and a page of the mapping.
             unsafe { bindings::hmm_gpu_copy_page(target.add(done).cast(), page.cast()) };
         }
-        Ok(())
+        // SAFETY: Just written, all of it.
+        Ok(unsafe { Filled::system(to) })
     }
 
     /// Fills `len` bytes (whole pages) at `offset` with zeroes.

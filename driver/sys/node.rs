@@ -60,7 +60,7 @@ impl<C: Client> MiscDevice for Handler<C> {
             try_pin_init!(Self {
                 client <- C::open(&node.device)?,
             }),
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )
     }
 

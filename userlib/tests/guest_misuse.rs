@@ -280,7 +280,7 @@ const CALLS: [(u32, usize); 4] = [
 
 /// A call's number for another size of its structure.
 fn sized(number: u32, bytes: usize) -> u32 {
-    (number & !(0x3fff << 16)) | (bytes as u32) << 16
+    (number & !(0x3fff << 16)) | ((bytes as u32) << 16)
 }
 
 /// Any call with any pointer.
@@ -300,7 +300,7 @@ fn unknown_calls_are_refused() {
         argument.page(0).advise(libc::MADV_DONTNEED).unwrap();
         let (query, size) = CALLS[0];
         let number = |direction: u32, size: usize, kind: u32, nr: u32| {
-            direction << 30 | (size as u32) << 16 | kind << 8 | nr
+            (direction << 30) | ((size as u32) << 16) | (kind << 8) | nr
         };
         let mut unknown = vec![
             0,
@@ -342,6 +342,7 @@ fn a_longer_structure_is_taken_if_its_tail_is_zero_and_a_shorter_one_never() {
         let moving = Area::filled(3, 5);
         for (number, size) in CALLS {
             for longer in [size + 1, size + 8, size + 64, PAGE, 2 * PAGE, 0x3fff] {
+                area.part(0, 4).advise(libc::MADV_DONTNEED).unwrap();
                 // At the end of a mapping, so that a byte read too many is a fault.
                 let last = area.part(4, 1);
                 let start = last.addr - longer.next_multiple_of(8);
@@ -379,7 +380,6 @@ fn a_longer_structure_is_taken_if_its_tail_is_zero_and_a_shorter_one_never() {
                     "{number:#x} with {shorter} bytes: {answer:?}"
                 );
             }
-            area.part(0, 4).advise(libc::MADV_DONTNEED).unwrap();
         }
         moving.check(5);
         bystander.finish(device);

@@ -119,7 +119,8 @@ impl Child {
         );
     }
 
-    fn signal(&self, signal: libc::c_int) {
+    /// Sends the child a signal.
+    pub fn signal(&self, signal: libc::c_int) {
         // SAFETY: our child, which nobody has waited for.
         unsafe { libc::kill(self.pid, signal) };
     }

@@ -114,6 +114,11 @@ impl Log {
 pub fn insert_module(path: &Path, parameters: &str) -> Result<(), Errno> {
     use std::os::fd::AsRawFd;
 
+    let machine = fs::read_to_string("/proc/cmdline").unwrap();
+    assert!(
+        machine.contains("init=/usr/sbin/hmm-gpu-init"),
+        "this is not the virtual GPU host: these tests are for `bench/test`"
+    );
     let file = fs::File::open(path)
         .unwrap_or_else(|error| panic!("{}: {error}; run `make driver`", path.display()));
     let parameters = CString::new(parameters).unwrap();
