@@ -50,7 +50,7 @@ impl Child {
             drop(ours);
             let mut link = Link(theirs);
             set_hook(Box::new(|panic| {
-                let text = format!("in the forked process {}: {panic}\n", std::process::id());
+                let text = format!("\nin the forked process {}: {panic}\n", std::process::id());
                 // SAFETY: the text is that long.
                 unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
             }));

@@ -1,0 +1,242 @@
+//! What others do to the same memory at the same moment: what was found to break drivers like this one.
+//!
+//! Runs in the virtual GPU host, with red zones around the kernel's slab objects: `bench/test guest_races`.
+
+mod common;
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use common::driver::{assert_empty, Driver, GPUS};
+use common::memory::{Area, Span, HUGE, PAGE};
+use common::random::Random;
+use common::{eventually, places};
+use hmm_gpu::{Device, Errno, Target};
+
+/// Moves what can be moved; a range that is being unmapped may be empty by then.
+fn try_move(device: &Device, span: Span, target: Target) {
+    match device.prefetch_range(span.addr, span.bytes(), target) {
+        Ok(_) => (),
+        Err(error) => assert_eq!(error.errno(), Some(Errno::FAULT), "{error}"),
+    }
+}
+
+/// `mremap` to an address, in place of what is there.
+fn remap(from: Span, to: usize) -> Span {
+    let (old, flags) = (
+        from.addr as *mut libc::c_void,
+        libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+    );
+    // SAFETY: both ranges are the test's own.
+    let new = unsafe {
+        libc::mremap(
+            old,
+            from.bytes(),
+            from.bytes(),
+            flags,
+            to as *mut libc::c_void,
+        )
+    };
+    assert_eq!(new as usize, to, "{}", common::memory::last_errno());
+    from.at(to)
+}
+
+/// Catches a driver that gives `migrate_vma_setup` room for the range and no more: when it splits a huge page and the page
+/// table is freed under it, it reports the range once more, behind what it has reported. On the driver without that room the
+/// slab's red zones are overwritten.
+#[test]
+fn page_tables_that_are_freed_under_a_migration_overwrite_nothing() {
+    const ROUNDS: usize = 250;
+
+    let (driver, device) = Driver::load_with("", GPUS[0]);
+    let room = Area::new(40 * HUGE);
+    let (target, round, done) = (
+        AtomicUsize::new(0),
+        AtomicUsize::new(0),
+        AtomicUsize::new(0),
+    );
+    let delay = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut last = 0;
+            while !stop.load(Ordering::Acquire) {
+                let now = round.load(Ordering::Acquire);
+                if now == last {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                last = now;
+                for _ in 0..delay.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+                let span = Span::new(target.load(Ordering::Relaxed), HUGE);
+                span.advise(libc::MADV_DONTNEED).unwrap();
+                done.store(now, Ordering::Release);
+            }
+        });
+        let mut random = Random::new(17);
+        // The longest delay, in turns of an empty loop: kept at what makes the two meet.
+        let mut longest = 400_000usize;
+        for now in 1..=ROUNDS {
+            // Four huge pages, moved by half a huge page, so that each page table holds the halves of two.
+            let huge = room.part(0, 4 * HUGE);
+            huge.map_over(
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+            );
+            huge.advise(libc::MADV_HUGEPAGE).unwrap();
+            for i in 0..4 {
+                huge.part(i * HUGE, 1).fill(1);
+            }
+            let moved = remap(huge, room.addr + (20 * HUGE + HUGE / 2) * PAGE);
+            let aligned = Span::new(moved.addr.next_multiple_of(HUGE * PAGE), HUGE);
+            target.store(aligned.addr, Ordering::Relaxed);
+            delay.store(random.below(longest), Ordering::Relaxed);
+            round.store(now, Ordering::Release);
+            try_move(&device, aligned, Target::Device);
+            let met = done.load(Ordering::Acquire) == now;
+            while done.load(Ordering::Acquire) != now {
+                std::hint::spin_loop();
+            }
+            longest = if met {
+                longest + longest / 16
+            } else {
+                longest - longest / 16
+            }
+            .clamp(100, 8_000_000);
+            // Free again, and a mapping for the next round.
+            moved.map_over(libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+        }
+        stop.store(true, Ordering::Release);
+    });
+    drop(room);
+    assert_empty(&device);
+    drop(device);
+    driver.finish();
+}
+
+/// Catches a driver that lets pages of KSM move: ksmd compares new candidates with them, and would read device memory as if
+/// it were memory (an oops).
+#[test]
+fn merged_pages_stay_in_system_memory() {
+    const PAGES: usize = 64;
+    const KSM: &str = "/sys/kernel/mm/ksm";
+
+    let ksm = |file: &str, text: &str| fs::write(format!("{KSM}/{file}"), text).unwrap();
+    let count = |file: &str| -> u64 {
+        let text = fs::read_to_string(format!("{KSM}/{file}")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    let mergeable = || {
+        let area = Area::new(PAGES);
+        for i in 0..PAGES {
+            // Each page like every fourth other.
+            Span::new(area.addr + i * PAGE, 1).fill(100 + i as u64 % 4);
+        }
+        area.advise(libc::MADV_MERGEABLE).unwrap();
+        area
+    };
+    let check = |area: &Area| {
+        for i in 0..PAGES {
+            Span::new(area.addr + i * PAGE, 1).check(100 + i as u64 % 4);
+        }
+    };
+    let (driver, device) = Driver::load_with("", GPUS[0]);
+    ksm("pages_to_scan", "20000");
+    ksm("sleep_millisecs", "10");
+    ksm("run", "1");
+    let first = mergeable();
+    eventually("all pages are merged", || {
+        count("pages_sharing") >= PAGES as u64 - 4
+    });
+    let moved = device
+        .prefetch_range(first.addr, first.bytes(), Target::Device)
+        .unwrap();
+    assert_eq!(moved, common::moved(0, 0, PAGES, 0));
+    assert_eq!(places(&device, *first).counts().system, PAGES);
+    // More of the same: ksmd compares them with those that were to move.
+    let second = mergeable();
+    eventually("the second ones are merged too", || {
+        count("pages_sharing") >= 2 * PAGES as u64 - 4
+    });
+    check(&first);
+    check(&second);
+    ksm("run", "2");
+    // No longer merged, they may move.
+    let moved = device
+        .prefetch_range(first.addr, first.bytes(), Target::Device)
+        .unwrap();
+    assert_eq!(moved, common::moved(PAGES, 0, 0, 0));
+    check(&first);
+    ksm("run", "0");
+    drop((first, second));
+    assert_empty(&device);
+    drop(device);
+    driver.finish();
+}
+
+/// Catches a page that is lost, or given to two, when everything is done to it at once: two threads that move it there and back
+/// through two files, one that writes and reads it, one that discards a part, and one that forks.
+#[test]
+fn everything_at_once_loses_nothing() {
+    const PAGES: usize = 3 * HUGE / 2;
+    const ROUNDS: u64 = 12;
+
+    let (mut driver, device) = Driver::load_with("", GPUS[0]);
+    let other = driver.bind(GPUS[1]);
+    let area = Area::filled(PAGES, 0);
+    // The last pages are discarded and read as zeroes or as what was written last; all others must keep their pattern.
+    let (kept, discarded) = (area.part(0, PAGES - 64), area.part(PAGES - 64, 64));
+    let stop = AtomicBool::new(false);
+    let running = || !stop.load(Ordering::Relaxed);
+    let mover = |device: &Device, seed| {
+        let mut random = Random::new(seed);
+        while running() {
+            let first = random.below(PAGES - 1);
+            let span = area.part(first, 1 + random.below(PAGES - first));
+            let target = [Target::Device, Target::System][random.below(2)];
+            try_move(device, span, target);
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| mover(&device, 1));
+        scope.spawn(|| mover(&other, 2));
+        scope.spawn(|| {
+            while running() {
+                discarded.advise(libc::MADV_DONTNEED).unwrap();
+                discarded.touch();
+            }
+        });
+        scope.spawn(|| {
+            while running() {
+                // A child that only copies the page tables, so that pages are shared and copied on write.
+                // SAFETY: the child does nothing but end.
+                match unsafe { libc::fork() } {
+                    // SAFETY: it ends the child.
+                    0 => unsafe { libc::_exit(0) },
+                    child => {
+                        assert!(child > 0, "{}", common::memory::last_errno());
+                        // SAFETY: it waits for the child just made.
+                        let ended = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+                        assert_eq!(ended, child);
+                    }
+                }
+            }
+        });
+        for round in 0..ROUNDS {
+            kept.check(round);
+            kept.fill(round + 1);
+        }
+        kept.check(ROUNDS);
+        stop.store(true, Ordering::Relaxed);
+    });
+    kept.check(ROUNDS);
+    drop(area);
+    assert_empty(&device);
+    assert_empty(&other);
+    drop((device, other));
+    driver.finish();
+}
