@@ -129,7 +129,8 @@ pub struct hmm_gpu_migrate {
     /// Out: bytes that were at the target already (for a system target: or not populated).
     pub already_bytes: u64,
     /// Out: bytes that stayed where they were: memory that does not migrate, mappings without any
-    /// access, pages that were pinned or busy, and, at a device target, pages on another device.
+    /// access, pages that were pinned, busy or merged by KSM, and, at a device target, pages on
+    /// another device.
     pub skipped_bytes: u64,
     /// Out: bytes of the range at which nothing is mapped.
     pub unmapped_bytes: u64,
