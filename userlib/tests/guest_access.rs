@@ -60,7 +60,6 @@ fn every_call_is(device: &Device, expected: Errno, moving: Span) {
 fn a_file_serves_only_the_address_space_that_opened_it() {
     on_each_kind(|device| {
         let area = Area::filled(40, 9);
-        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
         to_device(device, area.part(0, 20));
         let (area, path) = (&area, device.path());
         Child::fork(|_| {

@@ -405,7 +405,6 @@ fn what_is_not_private_anonymous_is_skipped_and_unchanged() {
 fn pinned_pages_stay_until_they_are_let_go() {
     on_each_kind(|device| {
         let area = Area::filled(40, 81);
-        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
         let (mut reader, writer) = pipe();
         let held = area.part(11, 3);
         let piece = libc::iovec {

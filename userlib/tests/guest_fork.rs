@@ -126,7 +126,6 @@ fn shared_pages_move_for_both_sides_at_once() {
     on_each_kind(|device| {
         let path = device.path();
         let area = Area::filled(64, 31);
-        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
         let mut child = Child::fork(|parent| {
             let device = Device::open_path(path).unwrap();
             let counts = device

@@ -33,7 +33,6 @@ struct Bystander {
 impl Bystander {
     fn new(device: &Device) -> Self {
         let area = Area::filled(40, 9);
-        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
         to_device(device, area.part(0, 20));
         Self { area }
     }

@@ -153,7 +153,6 @@ fn patch_4_pages_in_vram_are_device_private() {
     on_each_kind(|device| {
         let pages = 200;
         let area = Area::filled(pages, 5);
-        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
         to_device(device, *area);
         let mut frames: Vec<u64> = kernel::pagemap(std::process::id(), area.addr, pages)
             .into_iter()

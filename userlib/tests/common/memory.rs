@@ -200,9 +200,10 @@ impl Area {
         Self { span: whole, whole }
     }
 
-    /// Memory that was written with the pattern of a seed.
+    /// Memory in small pages that was written with the pattern of a seed.
     pub fn filled(pages: usize, seed: u64) -> Self {
         let area = Self::new(pages);
+        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
         area.fill(seed);
         area
     }
