@@ -13,7 +13,7 @@ help: ## what there is
 
 .PHONY: prepare
 prepare: ## make all that the rest needs: a Debian tree, the kernel, its source (once; about 3 GB in the cache folder)
-	$(VM)/prepare
+	@$(VM)/prepare
 
 .PHONY: driver
 ifdef KDIR
@@ -21,25 +21,25 @@ driver: ## build driver/hmm_gpu.ko; KDIR=<prepared kernel tree> for this host's 
 	$(MAKE) -C $(KDIR) M=$(CURDIR)/driver modules
 else
 driver: prepare
-	$(VM)/enter -- sh -c 'make -s -C "$$KDIR" KERNELRELEASE="$$KERNEL_RELEASE" M=/hmm-gpu/driver modules'
+	@$(VM)/enter -- sh -c 'make -s -C "$$KDIR" KERNELRELEASE="$$KERNEL_RELEASE" M=/hmm-gpu/driver modules'
 endif
 
 .PHONY: userlib
 userlib: prepare ## build the library, its header and the samples (target/tree/release, target/include)
-	$(VM)/enter -- sh -c 'CARGO_TARGET_DIR=target/tree cargo build --locked --release && mkdir -p target/include && \
+	@$(VM)/enter -- sh -c 'CARGO_TARGET_DIR=target/tree cargo build --locked --release && mkdir -p target/include && \
 		cbindgen --quiet --config userlib/cbindgen.toml --output target/include/hmm_gpu.h driver/uapi.rs'
 
 .PHONY: demo
 demo: driver userlib ## load the driver in the virtual GPU host, bind a GPU, move memory there and back, show it
-	$(VM)/run --timeout 120 -- bench/vm/demo
+	@$(VM)/run --timeout 120 -- bench/vm/demo
 
 .PHONY: shell
 shell: driver userlib ## a prompt in the virtual GPU host, with the driver loaded and the samples there
-	$(VM)/shell
+	@$(VM)/shell
 
 .PHONY: test
 test: ## everything that can be verified; ends in `N passed, N failed, N skipped`
-	bench/test
+	@bench/test
 
 .PHONY: clean
 clean: ## remove what was built in this clone (the cache folder stays)
