@@ -19,7 +19,7 @@ use crate::{
 };
 use kernel::{
     prelude::*,
-    time::{delay::fsleep, Delta},
+    time::{delay::fsleep, Delta, Instant, Monotonic},
 };
 
 /// One owner for all page maps of the module: so a client of one device sees pages on another
@@ -140,30 +140,23 @@ impl Ops for DeviceMemory {
         const PAUSE_MS: i64 = 10;
         const REPORT_MS: i64 = 10_000;
 
-        let mut waited = 0;
+        let began = Instant::<Monotonic>::now();
+        let mut report_at = REPORT_MS;
         while map.live_folios(0).next().is_some() {
-            let mut moved = 0;
-            if let Ok(mut scratch) = Scratch::new() {
-                let mut from = 0;
-                while map.live_folios(from).next().is_some() {
-                    let (collected, next) = Collected::live(map, from, scratch.entries());
-                    moved += move_to_system(collected, Cause::Evict).moved;
-                    from = next;
-                }
-            }
-            if moved == 0 {
+            if evict_once(map) == 0 {
                 // Somebody holds the pages for a moment (a fault, a fork, another migration), or
                 // there is no memory.
                 fsleep(Delta::from_millis(PAUSE_MS));
-                waited += PAUSE_MS;
-                if waited % REPORT_MS == 0 {
-                    pr_warn!(
-                        "hmm_gpu{}: {} pages still in VRAM after {} s of trying to move them out\n",
-                        map.data().identity.unit,
-                        map.data().alloc.used(),
-                        waited / 1000
-                    );
-                }
+            }
+            let waited = began.elapsed().as_millis();
+            if waited >= report_at && map.live_folios(0).next().is_some() {
+                pr_warn!(
+                    "hmm_gpu{}: {} pages still in VRAM after {} s of trying to move them out\n",
+                    map.data().identity.unit,
+                    map.data().alloc.used(),
+                    waited / 1000
+                );
+                report_at = waited + REPORT_MS;
             }
         }
     }
@@ -178,4 +171,23 @@ impl Ops for DeviceMemory {
             });
         }
     }
+}
+
+/// Tries once to move each live page to system memory, until there is no memory for one. Returns
+/// how many have moved.
+fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
+    let Ok(mut scratch) = Scratch::new() else {
+        return 0;
+    };
+    let (mut moved, mut from) = (0, 0);
+    while map.live_folios(from).next().is_some() {
+        let (collected, next) = Collected::live(map, from, scratch.entries());
+        let outcome = move_to_system(collected, Cause::Evict);
+        moved += outcome.moved;
+        if outcome.without_memory.is_some() {
+            break;
+        }
+        from = next;
+    }
+    moved
 }

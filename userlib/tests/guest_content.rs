@@ -7,7 +7,7 @@ mod common;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 
-use common::driver::{assert_empty, on_each_kind, Driver, GPUS};
+use common::driver::{on_each_kind, Driver, GPUS};
 use common::kernel::{self, Entry};
 use common::memory::{errno, file, Area, Span, HUGE, PAGE};
 use common::random::Random;
@@ -171,34 +171,6 @@ fn a_range_of_many_mappings_and_holes_is_counted_to_the_page() {
     });
 }
 
-/// Catches VRAM that is handed out with what was in it: untouched memory arrives as zeroes, although all of the VRAM held
-/// something else just before.
-#[test]
-fn untouched_memory_arrives_as_zeroes() {
-    let driver = Driver::load("soft=1 soft_mib=8");
-    let device = Device::open(0).unwrap();
-    let pages = (8 << 20) / PAGE;
-    let old = Area::filled(pages, 5);
-    to_device(&device, *old);
-    drop(old);
-    let before = device.counters().unwrap();
-    let area = Area::new(pages);
-    // Of some, the kernel's zero page is mapped already.
-    area.part(100, 100).advise(libc::MADV_NOHUGEPAGE).unwrap();
-    area.part(100, 50).touch();
-    assert_eq!(to_device(&device, *area), moved(pages, 0, 0, 0));
-    let work = device.counters().unwrap() - before;
-    assert_eq!(
-        (work.to_device_pages, work.populated_pages),
-        (pages as u64, pages as u64)
-    );
-    area.part(0, pages / 2).check_zero();
-    to_system(&device, area.part(pages / 2, pages / 2));
-    area.check_zero();
-    drop((area, device));
-    driver.finish();
-}
-
 /// Catches untouched memory that a move to system memory populates: there is nothing to move.
 #[test]
 fn untouched_memory_is_left_alone_by_a_move_to_system_memory() {
@@ -289,39 +261,6 @@ fn resident_memory_can_be_remapped_and_reprotected() {
         there.part(0, 200).check(51);
         there.part(200, 50).check(52);
         there.part(250, there.pages - 250).check(51);
-    });
-}
-
-/// Catches VRAM that is not given back, at each of the ways that memory goes.
-#[test]
-fn vram_is_free_again_as_soon_as_its_memory_is_gone() {
-    on_each_kind(|device| {
-        let live = || device.counters().unwrap().live_pages;
-        let area = Area::filled(300, 61);
-        to_device(device, *area);
-        assert_eq!(live(), 300);
-        let free = device.describe().unwrap().vram_free_bytes;
-        assert_eq!(
-            device.describe().unwrap().vram_bytes - free,
-            300 * PAGE as u64
-        );
-        area.part(0, 50).advise(libc::MADV_DONTNEED).unwrap();
-        assert_eq!(live(), 250);
-        area.part(0, 50).check_zero();
-        area.part(50, 50).unmap();
-        assert_eq!(live(), 200);
-        area.part(100, 50)
-            .map_over(RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
-        assert_eq!(live(), 150);
-        let shrunk = area.part(150, 150);
-        // SAFETY: the pages are the test's own.
-        let kept = unsafe { libc::mremap(shrunk.addr as *mut _, shrunk.bytes(), 100 * PAGE, 0) };
-        assert_eq!(kept as usize, shrunk.addr);
-        assert_eq!(live(), 100);
-        area.part(150, 50).check(61);
-        assert_eq!(live(), 50);
-        area.part(200, 50).check(61);
-        assert_eq!(live(), 0);
     });
 }
 
@@ -464,92 +403,6 @@ fn system_calls_work_on_resident_memory() {
         to.check(91);
         from.check(91);
     });
-}
-
-/// Catches a device that takes another's pages for its own, or for system memory.
-#[test]
-fn two_devices_tell_their_pages_apart() {
-    let mut driver = Driver::load("soft=1 soft_mib=16");
-    let soft = Device::open(0).unwrap();
-    let gpu = driver.bind(GPUS[0]);
-    let area = Area::filled(60, 101);
-    to_device(&soft, area.part(0, 30));
-    to_device(&gpu, area.part(30, 20));
-    let seen = |device: &Device| {
-        let residency = places(device, *area);
-        assert_witness(&residency);
-        residency.counts()
-    };
-    let (by_soft, by_gpu) = (seen(&soft), seen(&gpu));
-    assert_eq!(
-        (by_soft.device, by_soft.other_device, by_soft.system),
-        (30, 20, 10)
-    );
-    assert_eq!(
-        (by_gpu.device, by_gpu.other_device, by_gpu.system),
-        (20, 30, 10)
-    );
-
-    // Through any device's file, all of it goes back to system memory, and each device counts what it lost.
-    assert_eq!(to_system(&gpu, *area), moved(50, 10, 0, 0));
-    assert_eq!(soft.counters().unwrap().to_system_pages, 30);
-    assert_eq!(gpu.counters().unwrap().to_system_pages, 20);
-    area.check(101);
-
-    // They do not go from one device to the other by themselves: they stay, and the call says so.
-    to_device(&soft, *area);
-    let across = || {
-        gpu.prefetch_range(area.addr, area.bytes(), Target::Device)
-            .unwrap()
-    };
-    assert_eq!(across(), moved(0, 0, 60, 0));
-    assert_eq!(seen(&gpu).other_device, 60);
-    to_system(&soft, area.part(20, 20));
-    assert_eq!(across(), moved(20, 0, 40, 0));
-    assert_eq!((seen(&gpu).device, seen(&soft).device), (20, 40));
-    area.check(101);
-    drop((area, soft, gpu));
-    driver.finish();
-}
-
-/// Catches a full device that loses what did not fit, hides how far it came, or stays full.
-#[test]
-fn a_full_device_says_so_and_loses_nothing() {
-    let driver = Driver::load("soft=1 soft_mib=8");
-    let device = Device::open(0).unwrap();
-    let room = device.describe().unwrap().vram_bytes as usize / PAGE;
-    let area = Area::offset(77, room + 900);
-    let ask = || {
-        let error = device
-            .prefetch_range(area.addr, area.bytes(), Target::Device)
-            .unwrap_err();
-        assert_eq!(error.errno(), Some(Errno::NOSPC));
-        error.moved().unwrap()
-    };
-    for (populate, seed) in [(false, 111), (true, 112)] {
-        if populate {
-            area.advise(libc::MADV_DONTNEED).unwrap();
-        } else {
-            area.fill(seed);
-        }
-        assert_eq!(ask(), moved(room, 0, 0, 0), "as much as there is room for");
-        assert_eq!(device.describe().unwrap().vram_free_bytes, 0);
-        assert_eq!(ask(), moved(0, room, 0, 0));
-        assert_place(&device, area.part(0, room), Place::Device);
-        if populate {
-            area.check_zero();
-        } else {
-            area.check(seed);
-        }
-        assert_empty(&device);
-    }
-    assert_eq!(device.counters().unwrap().vram_failures, 4);
-    let all = area.part(500, room);
-    all.fill(113);
-    to_device(&device, all);
-    all.check(113);
-    drop((area, device));
-    driver.finish();
 }
 
 /// Catches what no single case shows: two thousand random moves, touches and writes on two devices, each page's place and bytes
