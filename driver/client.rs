@@ -11,14 +11,18 @@
 use crate::{
     devmem::DeviceMemory,
     hmm::{
+        mirror::{Mirror, Seen},
         pagemap::PageMap,
-        range::{Seen, Watch},
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
     migration::{Progress, Request, Target},
+    mirror::{Batch, Engine, Operation, Policy, Service},
     sys::{gate::Gate, node},
-    uapi::{self, hmm_gpu_counters, hmm_gpu_migrate, hmm_gpu_query, hmm_gpu_residency},
+    uapi::{
+        self, hmm_gpu_access, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault,
+        hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+    },
     units,
 };
 use kernel::{
@@ -40,10 +44,10 @@ pub(crate) struct Client {
     mm: ARef<Mm>,
     /// Made when it is first needed: it takes the lock of the address space, for which an open of
     /// a device node must not wait, since all misc devices wait for that.
-    watch: SetOnce<Pin<KBox<Watch>>>,
+    mirror: SetOnce<Pin<KBox<Mirror<DeviceMemory>>>>,
     /// Held to make it.
     #[pin]
-    watch_lock: Mutex<()>,
+    mirror_lock: Mutex<()>,
 }
 
 impl node::Client for Client {
@@ -55,8 +59,8 @@ impl node::Client for Client {
         Ok(try_pin_init!(Self {
             gate,
             mm,
-            watch: SetOnce::new(),
-            watch_lock <- new_mutex!(()),
+            mirror: SetOnce::new(),
+            mirror_lock <- new_mutex!(()),
         }))
     }
 
@@ -73,22 +77,27 @@ impl node::Client for Client {
             n if n == uapi::HMM_GPU_MIGRATE & !SIZE_BITS => self.migrate(mm, number, argument),
             n if n == uapi::HMM_GPU_RESIDENCY & !SIZE_BITS => self.residency(mm, number, argument),
             n if n == uapi::HMM_GPU_COUNTERS & !SIZE_BITS => self.counters(number, argument),
+            n if n == uapi::HMM_GPU_MIRROR & !SIZE_BITS => self.describe(mm, number, argument),
+            n if n == uapi::HMM_GPU_ACCESS & !SIZE_BITS => self.access(mm, number, argument),
+            n if n == uapi::HMM_GPU_FAULT & !SIZE_BITS => self.fault(mm, number, argument),
+            n if n == uapi::HMM_GPU_SNAPSHOT & !SIZE_BITS => self.snapshot(mm, number, argument),
             _ => Err(ENOTTY),
         }
     }
 }
 
 impl Client {
-    /// What tells whether the address space changed.
-    fn watch(&self, mm: &MmWithUser) -> Result<&Watch> {
-        if self.watch.as_ref().is_none() {
-            let _making = self.watch_lock.lock();
-            if self.watch.as_ref().is_none() {
-                self.watch
-                    .populate(KBox::try_pin_init(Watch::new(mm), GFP_KERNEL_ACCOUNT)?);
+    /// The mirror of the address space.
+    fn mirror(&self, mm: &MmWithUser) -> Result<&Mirror<DeviceMemory>> {
+        if self.mirror.as_ref().is_none() {
+            let _making = self.mirror_lock.lock();
+            if self.mirror.as_ref().is_none() {
+                let mirror = Mirror::new(mm, self.gate.clone());
+                self.mirror
+                    .populate(KBox::try_pin_init(mirror, GFP_KERNEL_ACCOUNT)?);
             }
         }
-        self.watch.as_ref().map(|watch| &**watch).ok_or(ENOMEM)
+        self.mirror.as_ref().map(|mirror| &**mirror).ok_or(ENOMEM)
     }
 
     fn query(&self, number: u32, argument: usize) -> Result {
@@ -102,7 +111,7 @@ impl Client {
     fn counters(&self, number: u32, argument: usize) -> Result {
         let (counters, user) =
             UserStructure::read::<hmm_gpu_counters>(number, argument, SMALLEST_COUNTERS)?;
-        require(counters.flags == 0 && counters.reserved == [0; 6])?;
+        require(counters.flags == 0)?;
         let answer = {
             let map = self.gate.enter()?;
             map.data().counters.read(map.data().alloc.used())
@@ -121,7 +130,7 @@ impl Client {
         };
         let (start, end) = range(migrate.addr, migrate.len)?;
         let mut progress = Progress::default();
-        let result = Request::new(&self.gate, self.watch(mm)?, target)
+        let result = Request::new(&self.gate, self.mirror(mm)?, target)
             .and_then(|mut request| request.run(mm, start, end, &mut progress));
         // CAST: All widen.
         migrate.done_bytes = progress.done as u64;
@@ -135,42 +144,248 @@ impl Client {
     }
 
     fn residency(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
-        const BATCH: usize = 512;
-
         let (residency, _) =
             UserStructure::read::<hmm_gpu_residency>(number, argument, SMALLEST_RESIDENCY)?;
         require(residency.flags == 0 && residency.reserved == [0; 2])?;
-        let (start, end) = range(residency.addr, residency.len)?;
-        let pages = (end - start) / PAGE_BYTES;
-        let mut writer = UserSlice::new(
-            UserPtr::from_addr(usize::try_from(residency.bytes_ptr)?),
-            pages,
+        self.look(
+            mm,
+            residency.addr,
+            residency.len,
+            residency.bytes_ptr,
+            |map, seen, _| place(map, seen),
         )
-        .writer();
-        let watch = self.watch(mm)?;
+    }
+
+    fn snapshot(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
+        let (snapshot, _) =
+            UserStructure::read::<hmm_gpu_snapshot>(number, argument, SMALLEST_SNAPSHOT)?;
+        require(snapshot.flags == 0 && snapshot.reserved == [0; 2])?;
+        self.look(
+            mm,
+            snapshot.addr,
+            snapshot.len,
+            snapshot.entries_ptr,
+            snapshot_entry,
+        )
+    }
+
+    /// Looks at the pages of `[addr, addr + len)` and writes an `answer` for each to the array at
+    /// `user`. That is given what is at the page, and what the device page table has for it.
+    fn look<A: Copy + Default + FromBytes + IntoBytes>(
+        &self,
+        mm: &MmWithUser,
+        addr: u64,
+        len: u64,
+        user: u64,
+        answer: impl Fn(&PageMap<DeviceMemory>, Seen, Option<Seen>) -> A,
+    ) -> Result {
+        const BATCH: usize = 512;
+
+        let (start, end) = range(addr, len)?;
+        let pages = (end - start) / PAGE_BYTES;
+        let bytes = pages.checked_mul(size_of::<A>()).ok_or(EINVAL)?;
+        let mut writer = UserSlice::new(UserPtr::from_addr(usize::try_from(user)?), bytes).writer();
+        let mirror = self.mirror(mm)?;
         let mut seen = KVec::from_elem(Seen::default(), BATCH.min(pages), GFP_KERNEL)?;
-        let mut bytes = KVec::from_elem(0u8, BATCH.min(pages), GFP_KERNEL)?;
+        let mut answers = KVec::from_elem(A::default(), BATCH.min(pages), GFP_KERNEL)?;
         for at in (start..end).step_by(BATCH * PAGE_BYTES) {
             if current!().signal_pending() {
                 return Err(EINTR);
             }
             let count = BATCH.min((end - at) / PAGE_BYTES);
-            let (seen, bytes) = (
+            let (seen, answers) = (
                 seen.get_mut(..count).ok_or(EINVAL)?,
-                bytes.get_mut(..count).ok_or(EINVAL)?,
+                answers.get_mut(..count).ok_or(EINVAL)?,
             );
             {
                 let lock = ReadLocked::new(mm)?;
                 let map = self.gate.enter()?;
-                watch.look::<DeviceMemory>(&lock, at, seen)?;
-                for (byte, seen) in bytes.iter_mut().zip(seen.iter()) {
-                    *byte = place(&map, *seen);
-                }
+                mirror.snapshot(&lock, at, seen, |i, seen, entry| {
+                    if let Some(place) = answers.get_mut(i) {
+                        *place = answer(&map, seen, entry);
+                    }
+                })?;
             }
-            writer.write_slice(bytes)?;
+            writer.write_slice(answers.as_mut_bytes())?;
         }
         Ok(())
     }
+
+    fn describe(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
+        let (mut mirror, user) =
+            UserStructure::read::<hmm_gpu_mirror>(number, argument, SMALLEST_MIRROR)?;
+        require(mirror.flags == 0 && mirror.reserved == [0; 5])?;
+        let shape = {
+            let made = self.mirror(mm)?;
+            let map = self.gate.enter()?;
+            made.root(&map)?;
+            made.shape()
+        };
+        mirror.levels = shape.levels;
+        mirror.root_offset = shape.root.ok_or(ENOSPC)?;
+        // CAST: All widen.
+        mirror.nodes = shape.nodes as u64;
+        mirror.entries = shape.entries as u64;
+        mirror.invalidations = shape.invalidations;
+        user.write(mirror)
+    }
+
+    fn access(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
+        let (mut access, user) =
+            UserStructure::read::<hmm_gpu_access>(number, argument, SMALLEST_ACCESS)?;
+        require(access.flags == 0 && access.reserved == [0; 2])?;
+        let policy = match access.policy {
+            uapi::HMM_GPU_POLICY_NONE => None,
+            policy => Some(self::policy(policy)?),
+        };
+        let (addr, len) = (usize::try_from(access.addr)?, usize::try_from(access.len)?);
+        let buffer = usize::try_from(access.buffer_ptr)?;
+        let to = usize::try_from(access.to_addr)?;
+        require(len != 0)?;
+        addr.checked_add(len).ok_or(EINVAL)?;
+        let mut engine = Engine::new(&self.gate, self.mirror(mm)?, mm, policy);
+        let (done, result) = match access.op {
+            uapi::HMM_GPU_OP_READ | uapi::HMM_GPU_OP_WRITE => {
+                require(access.to_addr == 0)?;
+                buffer.checked_add(len).ok_or(EINVAL)?;
+                let read = access.op == uapi::HMM_GPU_OP_READ;
+                in_pieces(len, |done, bytes| {
+                    let user = UserSlice::new(UserPtr::from_addr(buffer + done), bytes.len());
+                    if read {
+                        let (read, result) =
+                            engine.run(addr + done, addr + len, Operation::Read(bytes));
+                        let bytes = bytes.get(..read).unwrap_or_default();
+                        // What was read and did not arrive is not done.
+                        match user.writer().write_slice(bytes) {
+                            Ok(()) => (read, result),
+                            Err(error) => (0, Err(error)),
+                        }
+                    } else {
+                        match user.reader().read_slice(bytes) {
+                            Ok(()) => engine.run(addr + done, addr + len, Operation::Write(bytes)),
+                            Err(error) => (0, Err(error)),
+                        }
+                    }
+                })?
+            }
+            uapi::HMM_GPU_OP_COPY => {
+                require(access.buffer_ptr == 0)?;
+                let end = to.checked_add(len).ok_or(EINVAL)?;
+                require(end <= addr || addr + len <= to)?;
+                in_pieces(len, |done, bytes| {
+                    let (read, result) =
+                        engine.run(addr + done, addr + len, Operation::Read(bytes));
+                    let bytes = bytes.get(..read).unwrap_or_default();
+                    match engine.run(to + done, end, Operation::Write(bytes)) {
+                        (written, Ok(())) => (written, result),
+                        stopped => stopped,
+                    }
+                })?
+            }
+            _ => return Err(EINVAL),
+        };
+        // CAST: All widen.
+        access.done_bytes = done as u64;
+        access.faults = engine.accessed.faults as u64;
+        access.fault_addr = engine.accessed.fault_addr as u64;
+        access.entry = engine.accessed.word;
+        let written = user.write(access);
+        result.and(written)
+    }
+
+    fn fault(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
+        let (mut fault, user) =
+            UserStructure::read::<hmm_gpu_fault>(number, argument, SMALLEST_FAULT)?;
+        require(fault.flags == 0 && fault.reserved == [0; 2])?;
+        let policy = policy(fault.policy)?;
+        require(fault.count != 0 && fault.count <= uapi::HMM_GPU_MAX_FAULTS)?;
+        // CAST: Widens.
+        let count = fault.count as usize;
+        let array = UserSlice::new(
+            UserPtr::from_addr(usize::try_from(fault.faults_ptr)?),
+            count * size_of::<hmm_gpu_device_fault>(),
+        );
+        let (mut reader, mut writer) = array.reader_writer();
+        let mut faults =
+            KVVec::from_elem(hmm_gpu_device_fault::default(), count, GFP_KERNEL_ACCOUNT)?;
+        reader.read_slice(faults.as_mut_bytes())?;
+        let mut service = Service::new(&self.gate, self.mirror(mm)?, mm, policy)?;
+        let mut batch = Batch::new(&mut faults)?;
+        let result = batch.run(&mut service);
+        // CAST: All widen.
+        fault.mapped_pages = batch.mapped as u64;
+        fault.device_pages = batch.device as u64;
+        fault.failed_pages = batch.failed as u64;
+        let written = writer
+            .write_slice(faults.as_mut_bytes())
+            .and_then(|()| user.write(fault));
+        result.and(written)
+    }
+}
+
+/// The policy of a call that services faults.
+fn policy(number: u32) -> Result<Policy> {
+    match number {
+        uapi::HMM_GPU_POLICY_MAP => Ok(Policy::Map),
+        uapi::HMM_GPU_POLICY_MIGRATE => Ok(Policy::Migrate),
+        _ => Err(EINVAL),
+    }
+}
+
+/// Does something with `len` bytes, in pieces for which there is a buffer here. `piece` is given how
+/// much was done before, and the buffer; it returns how much it has done, and why not all.
+///
+/// Returns how much was done in all, and why not all. Fails if there is no memory for the buffer.
+fn in_pieces(
+    len: usize,
+    mut piece: impl FnMut(usize, &mut [u8]) -> (usize, Result),
+) -> Result<(usize, Result)> {
+    const PIECE: usize = 16 * PAGE_BYTES;
+
+    let mut buffer = KVec::from_elem(0u8, len.min(PIECE), GFP_KERNEL_ACCOUNT)?;
+    let mut done = 0;
+    while done < len {
+        if current!().signal_pending() {
+            return Ok((done, Err(EINTR)));
+        }
+        let count = (len - done).min(PIECE);
+        let (dealt_with, result) = piece(done, buffer.get_mut(..count).unwrap_or_default());
+        done += dealt_with;
+        if result.is_err() {
+            return Ok((done, result));
+        }
+    }
+    Ok((done, Ok(())))
+}
+
+/// What `SNAPSHOT` says of a page, for a client of `map`.
+fn snapshot_entry(map: &PageMap<DeviceMemory>, seen: Seen, entry: Option<Seen>) -> u64 {
+    let flag = |condition: bool, bits: u64| if condition { bits } else { 0 };
+    let mut word = 0;
+    if let Some(pfn) = seen.pfn() {
+        let index = map.index_of(pfn);
+        word |= uapi::HMM_GPU_SNAPSHOT_VALID
+            | flag(seen.is_writable(), uapi::HMM_GPU_SNAPSHOT_WRITABLE)
+            | flag(seen.is_zero_page(), uapi::HMM_GPU_SNAPSHOT_ZERO)
+            // CAST: Five bits.
+            | (seen.order() as u64) << uapi::HMM_GPU_SNAPSHOT_ORDER_SHIFT;
+        if let Some(index) = index {
+            // CAST: Widens.
+            word |=
+                uapi::HMM_GPU_SNAPSHOT_DEVICE | (index as u64) << uapi::HMM_GPU_SNAPSHOT_PAGE_SHIFT;
+        } else {
+            let other = units::of_pfn(pfn).is_some();
+            word |= flag(other, uapi::HMM_GPU_SNAPSHOT_OTHER_DEVICE);
+        }
+    }
+    if let Some(entry) = entry {
+        // An entry that allows less than the page does is as good; one that allows more is not.
+        let current = entry.pfn() == seen.pfn() && (seen.is_writable() || !entry.is_writable());
+        word |= uapi::HMM_GPU_SNAPSHOT_MIRRORED
+            | flag(entry.is_writable(), uapi::HMM_GPU_SNAPSHOT_MIRROR_WRITABLE)
+            | flag(current, uapi::HMM_GPU_SNAPSHOT_MIRROR_CURRENT);
+    }
+    word
 }
 
 /// The residency byte of a page, for a client of `map`.
@@ -214,6 +429,11 @@ const SMALLEST_QUERY: usize = 0x60;
 const SMALLEST_MIGRATE: usize = 0x50;
 const SMALLEST_RESIDENCY: usize = 0x30;
 const SMALLEST_COUNTERS: usize = 0xa0;
+// Those of version 2.
+const SMALLEST_MIRROR: usize = 0x50;
+const SMALLEST_ACCESS: usize = 0x60;
+const SMALLEST_FAULT: usize = 0x40;
+const SMALLEST_SNAPSHOT: usize = 0x30;
 
 /// The bits of a call's number that say how long the caller's structure is.
 const SIZE_BITS: u32 = 0x3fff << 16;

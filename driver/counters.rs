@@ -40,6 +40,13 @@ pub(crate) struct Counters {
     pub(crate) skipped: Counter,
     pub(crate) vram_failures: Counter,
     pub(crate) system_failures: Counter,
+    pub(crate) device_faults: Counter,
+    pub(crate) mapped: Counter,
+    pub(crate) invalidations: Counter,
+    pub(crate) tables_taken: Counter,
+    pub(crate) tables_freed: Counter,
+    pub(crate) device_read: Counter,
+    pub(crate) device_written: Counter,
 }
 
 impl Counters {
@@ -58,6 +65,13 @@ impl Counters {
             skipped: Counter::new(),
             vram_failures: Counter::new(),
             system_failures: Counter::new(),
+            device_faults: Counter::new(),
+            mapped: Counter::new(),
+            invalidations: Counter::new(),
+            tables_taken: Counter::new(),
+            tables_freed: Counter::new(),
+            device_read: Counter::new(),
+            device_written: Counter::new(),
         }
     }
 
@@ -79,7 +93,16 @@ impl Counters {
             skipped_pages: self.skipped.get(),
             vram_failures: self.vram_failures.get(),
             system_failures: self.system_failures.get(),
-            reserved: [0; 6],
+            device_faults: self.device_faults.get(),
+            mapped_pages: self.mapped.get(),
+            invalidations: self.invalidations.get(),
+            // In this order, so that the difference is not negative.
+            table_pages: {
+                let freed = self.tables_freed.get();
+                self.tables_taken.get().saturating_sub(freed)
+            },
+            device_read_bytes: self.device_read.get(),
+            device_written_bytes: self.device_written.get(),
         }
     }
 }

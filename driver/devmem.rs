@@ -45,6 +45,8 @@ pub(crate) struct DeviceMemory {
     #[pin]
     pub(crate) alloc: Allocator,
     pub(crate) counters: Counters,
+    #[cfg(CONFIG_KASAN)]
+    poison: crate::poison::Poison,
 }
 
 impl DeviceMemory {
@@ -55,6 +57,8 @@ impl DeviceMemory {
         alloc: impl PinInit<Allocator, Error>,
     ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
+            #[cfg(CONFIG_KASAN)]
+            poison: crate::poison::Poison::new(vram.len() / PAGE_BYTES)?,
             identity,
             vram,
             alloc <- alloc,
@@ -67,12 +71,20 @@ impl DeviceMemory {
     pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
         let got = self.alloc.take(order, indices);
         self.counters.allocated.add(got << order);
+        #[cfg(CONFIG_KASAN)]
+        for &index in indices.iter().take(got) {
+            // CAST: The index of a page fits in a word.
+            self.poison
+                .check(&self.vram, self.identity.unit, index as usize, order);
+        }
         got
     }
 
     /// Gives VRAM back.
     pub(crate) fn give_back(&self, index: usize, order: u32) {
         self.counters.freed.add(1 << order);
+        #[cfg(CONFIG_KASAN)]
+        self.poison.put(&self.vram, index, order);
         self.alloc.give_back(index, order);
     }
 
@@ -85,7 +97,8 @@ impl DeviceMemory {
             capabilities: uapi::HMM_GPU_CAP_MIGRATE
                 | uapi::HMM_GPU_CAP_RESIDENCY
                 | uapi::HMM_GPU_CAP_COUNTERS
-                | uapi::HMM_GPU_CAP_FAULT_BACK,
+                | uapi::HMM_GPU_CAP_FAULT_BACK
+                | uapi::HMM_GPU_CAP_MIRROR,
             unit: self.identity.unit,
             source: match self.vram {
                 Vram::Pci(_) => uapi::HMM_GPU_SOURCE_PCI,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Safe abstractions over the kernel's HMM interfaces: device-private pages and their migration.
+//! Safe abstractions over the kernel's HMM interfaces: device-private pages, their migration, and
+//! mirrors of address spaces.
 //!
 //! No policy: what is moved, when and why is the business of the modules above. Written to be sent
 //! to `rust/kernel/` with mechanical changes only.
@@ -15,11 +16,13 @@
 //!   finalizes.
 //! - Folios that a migration may put pages into ([`folio::SystemFolio`], [`folio::DeviceFolio`])
 //!   are owned values: locked, and given back when dropped.
+//! - A [`mirror::Mirror`] owns the interval notifier and the device page table of one address space
+//!   on one device. It may outlive the device, which it reaches through a gate.
 
 pub(crate) mod folio;
 pub(crate) mod migrate;
+pub(crate) mod mirror;
 pub(crate) mod pagemap;
-pub(crate) mod range;
 pub(crate) mod vma;
 
 /// log2 of the base page size in bytes.

@@ -14,7 +14,11 @@ mod devmem;
 mod gpu;
 mod hmm;
 mod migration;
+mod mirror;
 mod pci;
+#[cfg(CONFIG_KASAN)]
+mod poison;
+mod radix;
 mod soft;
 mod sys;
 // The user side uses what is not used here.

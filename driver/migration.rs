@@ -12,8 +12,8 @@ use crate::{
     hmm::{
         folio::{Effort, SystemFolio},
         migrate::{Collected, Entries, Select, Source},
+        mirror::{Mirror, Seen},
         pagemap::PageMap,
-        range::{Seen, Watch},
         vma::{LockedVma, ReadLocked},
         PAGE_BYTES,
     },
@@ -191,10 +191,10 @@ pub(crate) struct Progress {
     pub(crate) unmapped: usize,
 }
 
-/// A request to move the pages of a range, of a process that watches its own address space.
+/// A request to move the pages of a range, of a process that asks for its own.
 pub(crate) struct Request<'a> {
     gate: &'a MemoryGate,
-    watch: &'a Watch,
+    mirror: &'a Mirror<DeviceMemory>,
     target: Target,
     scratch: Scratch,
     indices: KVec<u32>,
@@ -203,10 +203,14 @@ pub(crate) struct Request<'a> {
 
 impl<'a> Request<'a> {
     /// Prepares a request, for which memory is allocated.
-    pub(crate) fn new(gate: &'a MemoryGate, watch: &'a Watch, target: Target) -> Result<Self> {
+    pub(crate) fn new(
+        gate: &'a MemoryGate,
+        mirror: &'a Mirror<DeviceMemory>,
+        target: Target,
+    ) -> Result<Self> {
         Ok(Self {
             gate,
-            watch,
+            mirror,
             target,
             scratch: Scratch::new()?,
             indices: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
@@ -314,7 +318,7 @@ impl<'a> Request<'a> {
         let Some(seen) = self.seen.get_mut(..pages) else {
             return 0;
         };
-        if self.watch.look::<DeviceMemory>(lock, start, seen).is_err() {
+        if self.mirror.look(lock, start, seen).is_err() {
             return 0;
         }
         let here = |seen: &&Seen| seen.pfn().is_some_and(|pfn| map.index_of(pfn).is_some());

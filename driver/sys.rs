@@ -8,6 +8,12 @@ pub(crate) mod mapping;
 pub(crate) mod node;
 pub(crate) mod pci;
 
+/// Sorts (`sort`). That of `core` has paths that panic.
+pub(crate) fn sort(pairs: &mut [[u64; 2]]) {
+    // SAFETY: The array is ours alone.
+    unsafe { bindings::hmm_gpu_sort_pairs(pairs.as_mut_ptr(), pairs.len()) };
+}
+
 /// The kernel's own, as bindgen gives them: those of the kernel crate, and those that it lacks.
 #[allow(
     clippy::all,

@@ -22,7 +22,7 @@
 //! - A structure that cannot be read or written is `EFAULT`.
 
 /// Version of this interface. Grows when a call or a field is added; nothing is ever taken away.
-pub const HMM_GPU_VERSION: u32 = 1;
+pub const HMM_GPU_VERSION: u32 = 2;
 
 /// The page size this interface counts in, in bytes.
 pub const HMM_GPU_PAGE_BYTES: u64 = 4096;
@@ -38,6 +38,15 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
 pub const HMM_GPU_COUNTERS: u32 = 0xC0A0_E803;
+/// `MIRROR`: describes the file's device page table. Since version 2.
+pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
+/// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
+pub const HMM_GPU_ACCESS: u32 = 0xC060_E805;
+/// `FAULT`: services device faults. Since version 2.
+pub const HMM_GPU_FAULT: u32 = 0xC040_E806;
+/// `SNAPSHOT`: tells what is at each page of a range, and what the device page table has for it.
+/// Moves nothing. Since version 2.
+pub const HMM_GPU_SNAPSHOT: u32 = 0xC030_E807;
 
 /// `MIGRATE` is there.
 pub const HMM_GPU_CAP_MIGRATE: u64 = 0x1;
@@ -47,6 +56,8 @@ pub const HMM_GPU_CAP_RESIDENCY: u64 = 0x2;
 pub const HMM_GPU_CAP_COUNTERS: u64 = 0x4;
 /// Pages come back by themselves when the CPU touches them.
 pub const HMM_GPU_CAP_FAULT_BACK: u64 = 0x8;
+/// `MIRROR`, `ACCESS`, `FAULT` and `SNAPSHOT` are there.
+pub const HMM_GPU_CAP_MIRROR: u64 = 0x10;
 
 /// The VRAM is system memory that stands in for a GPU's.
 pub const HMM_GPU_SOURCE_SOFT: u32 = 1;
@@ -213,8 +224,238 @@ pub struct hmm_gpu_counters {
     pub vram_failures: u64,
     /// Moves that found no system memory.
     pub system_failures: u64,
+    /// Device faults serviced: misses of `ACCESS`, and pages named by `FAULT` (a page named more
+    /// than once counts once).
+    pub device_faults: u64,
+    /// Entries written to device page tables.
+    pub mapped_pages: u64,
+    /// Invalidations that found the range in a device page table.
+    pub invalidations: u64,
+    /// Pages of VRAM that device page tables use now. Part of `live_pages`.
+    pub table_pages: u64,
+    /// Bytes that the device read at process addresses.
+    pub device_read_bytes: u64,
+    /// Bytes that the device wrote at process addresses.
+    pub device_written_bytes: u64,
+}
+
+/// The entry is there. For a device page table's inner nodes: the offset is that of the next node.
+pub const HMM_GPU_PTE_VALID: u64 = 0x1;
+/// The device may write to the page.
+pub const HMM_GPU_PTE_WRITABLE: u64 = 0x2;
+/// The page is in system memory: the entry has no offset, and who walks the table cannot reach it.
+pub const HMM_GPU_PTE_SYSTEM: u64 = 0x4;
+/// Set by the device in an entry that is not valid, for a page that it wants: so that it reports
+/// each miss once. The driver never reads it; what the driver writes next takes its place.
+pub const HMM_GPU_PTE_REQUESTED: u64 = 0x8;
+/// The bits of an entry that hold an offset into the VRAM, in bytes.
+pub const HMM_GPU_PTE_OFFSET_MASK: u64 = 0x000f_ffff_ffff_f000;
+/// log2 of the number of entries of a node.
+pub const HMM_GPU_PTE_LEVEL_BITS: u32 = 9;
+
+/// The device page table of the file: a radix table in VRAM. All fields but `flags` and `reserved`
+/// are written by the driver.
+///
+/// A node is a page of VRAM with 512 entries of 8 bytes, little endian (`HMM_GPU_PTE_*`). The walk
+/// for an address begins at the node at `root_offset`. At level `levels - 1`, `levels - 2`, … 0 the
+/// entry's number is `addr >> (12 + 9 * level) & 511`; an entry of level 0 is a page's, one of
+/// another level is the next node's. A level has as many bits as [`HMM_GPU_PTE_LEVEL_BITS`] says.
+///
+/// A file has a mirror of its address space from its first `MIRROR`, `MIGRATE`, `RESIDENCY`,
+/// `ACCESS`, `FAULT` or `SNAPSHOT` on until it is closed, and the table from its first `MIRROR`,
+/// `ACCESS` or `FAULT`.
+///
+/// Errors: `EINVAL` (flag or reserved field not zero), `ENOSPC` (no VRAM for the root), `ENOMEM`,
+/// `EINTR`, `ENODEV`, `EPERM`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_mirror {
     /// In: must be zero.
-    pub reserved: [u64; 6],
+    pub flags: u32,
+    /// Levels of nodes: 4, or 5 where addresses have more than 48 bits.
+    pub levels: u32,
+    /// Where in the VRAM the root is, in bytes. It stays there.
+    pub root_offset: u64,
+    /// Nodes, each a page of VRAM.
+    pub nodes: u64,
+    /// Valid entries for pages.
+    pub entries: u64,
+    /// Changes of the address space that have taken entries away.
+    pub invalidations: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 5],
+}
+
+/// The device reads `[addr, addr + len)`, and what it has read is written to `buffer_ptr`.
+pub const HMM_GPU_OP_READ: u32 = 0;
+/// The device writes to `[addr, addr + len)` what is at `buffer_ptr`.
+pub const HMM_GPU_OP_WRITE: u32 = 1;
+/// The device reads `[addr, addr + len)` and writes that to `[to_addr, to_addr + len)`.
+pub const HMM_GPU_OP_COPY: u32 = 2;
+
+/// A device fault maps the page where it lies.
+pub const HMM_GPU_POLICY_MAP: u32 = 0;
+/// A device fault moves the page to the device if it can be, and maps it.
+pub const HMM_GPU_POLICY_MIGRATE: u32 = 1;
+/// A device fault is not serviced: the call ends with `EAGAIN`. For `ACCESS` only.
+pub const HMM_GPU_POLICY_NONE: u32 = 2;
+
+/// The device accesses the process's memory, at any address and with any length, through the file's
+/// device page table, and faults as a GPU does where that has no entry.
+///
+/// The memory is accessed a page at a time, in the order of addresses. What others do to it
+/// meanwhile happens before or after the access of each page.
+///
+/// The caller's buffer may be anywhere in its memory, in VRAM too.
+///
+/// `done_bytes`, `faults`, `fault_addr` and `entry` are written on failure too, if the structure can
+/// be: what lies before `addr + done_bytes` has been dealt with.
+///
+/// Errors: `EINVAL` (unknown operation, policy or flag, empty or wrapping range, copy between ranges
+/// that overlap, field that the operation does not use not zero, reserved field not zero), `EFAULT`
+/// (nothing is mapped at `fault_addr`, or nothing that a device can reach, or it leaves user space;
+/// or the buffer cannot be read or written), `EACCES` (the mapping at `fault_addr` does not allow
+/// it: writing to what can only be read, or anything to what cannot be read), `EAGAIN` (policy
+/// `NONE`: the table has no entry for `fault_addr`), `EBUSY` (the page at `fault_addr` changed place
+/// too often), `ENOSPC` (no VRAM for the table), `ENOMEM`, `EHWPOISON` (the memory at `fault_addr`
+/// is broken), `EINTR` (a signal came), `ENODEV`, `EPERM`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_access {
+    /// In: `HMM_GPU_OP_*`.
+    pub op: u32,
+    /// In: `HMM_GPU_POLICY_*`.
+    pub policy: u32,
+    /// In: first byte that the device accesses; of a copy, the first that it reads.
+    pub addr: u64,
+    /// In: bytes, not zero.
+    pub len: u64,
+    /// In: the caller's buffer of `len` bytes; zero for a copy.
+    pub buffer_ptr: u64,
+    /// In: where a copy goes to; zero for a read or write.
+    pub to_addr: u64,
+    /// In: must be zero.
+    pub flags: u64,
+    /// Out: how far the call came, in bytes from `addr`.
+    pub done_bytes: u64,
+    /// Out: misses that were serviced, or that ended the call.
+    pub faults: u64,
+    /// Out: where a miss ended the call; zero otherwise.
+    pub fault_addr: u64,
+    /// Out: with `EAGAIN`, the entry that the device found for `fault_addr` (`HMM_GPU_PTE_*`), zero
+    /// if the table has no node for it. The device has set [`HMM_GPU_PTE_REQUESTED`] in it since.
+    pub entry: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 2],
+}
+
+/// The device wants to read.
+pub const HMM_GPU_ACCESS_READ: u32 = 0;
+/// The device wants to write.
+pub const HMM_GPU_ACCESS_WRITE: u32 = 1;
+
+/// The most faults that one `FAULT` takes.
+pub const HMM_GPU_MAX_FAULTS: u32 = 65536;
+
+/// A device fault.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_device_fault {
+    /// In: an address in the page.
+    pub addr: u64,
+    /// In: `HMM_GPU_ACCESS_READ` or `HMM_GPU_ACCESS_WRITE`.
+    pub access: u32,
+    /// Out: zero if the page was mapped for this access, or an errno, positive: `EFAULT`, `EACCES`,
+    /// `EBUSY`, `ENOSPC`, `ENOMEM`, `EHWPOISON` as for `ACCESS`; `ECANCELED` if the call ended
+    /// before it came to this one.
+    pub status: u32,
+}
+
+/// Services device faults: sorts them, takes those in the same 2 MiB together, and maps their pages
+/// where they lie, or moves them to the device first.
+///
+/// The faults may come in any order and name a page more than once: then it is mapped for all that
+/// is asked of it, or for none. That a page was mapped says that the table had the entry at one
+/// moment during the call.
+///
+/// Errors: `EINVAL` (unknown policy, access or flag, more than [`HMM_GPU_MAX_FAULTS`] or no fault,
+/// reserved field not zero), `EFAULT` (the faults cannot be read or written), `ENOMEM`, `EINTR`,
+/// `ENODEV`, `EPERM`. What goes wrong with one fault is told in its `status`, and the call goes on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_fault {
+    /// In: where the `count` faults are, each a `hmm_gpu_device_fault`.
+    pub faults_ptr: u64,
+    /// In: how many there are.
+    pub count: u32,
+    /// In: `HMM_GPU_POLICY_MAP` or `HMM_GPU_POLICY_MIGRATE`.
+    pub policy: u32,
+    /// In: must be zero.
+    pub flags: u64,
+    /// Out: pages that were mapped.
+    pub mapped_pages: u64,
+    /// Out: those of them that were mapped in the device's VRAM.
+    pub device_pages: u64,
+    /// Out: pages that were not mapped.
+    pub failed_pages: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 2],
+}
+
+/// Something is there that can be read: without this, nothing is mapped, or it was never touched,
+/// or is swapped out, or cannot be read.
+pub const HMM_GPU_SNAPSHOT_VALID: u64 = 0x1;
+/// It is mapped writable.
+pub const HMM_GPU_SNAPSHOT_WRITABLE: u64 = 0x2;
+/// It is in the VRAM of the device that the file is open on.
+pub const HMM_GPU_SNAPSHOT_DEVICE: u64 = 0x4;
+/// It is in the VRAM of another device of this driver.
+pub const HMM_GPU_SNAPSHOT_OTHER_DEVICE: u64 = 0x8;
+/// It is the kernel's page of zeroes.
+pub const HMM_GPU_SNAPSHOT_ZERO: u64 = 0x10;
+/// The file's device page table has a valid entry for the page.
+pub const HMM_GPU_SNAPSHOT_MIRRORED: u64 = 0x20;
+/// That entry is writable.
+pub const HMM_GPU_SNAPSHOT_MIRROR_WRITABLE: u64 = 0x40;
+/// That entry is for the very page that is there. Always set beside `MIRRORED`: an entry without it
+/// would be stale.
+pub const HMM_GPU_SNAPSHOT_MIRROR_CURRENT: u64 = 0x80;
+/// Where in an entry the map order is: the page is mapped together with `1 << order` pages.
+pub const HMM_GPU_SNAPSHOT_ORDER_SHIFT: u32 = 8;
+/// The bits of the map order, after the shift.
+pub const HMM_GPU_SNAPSHOT_ORDER_MASK: u64 = 0x1f;
+/// Where in an entry with `DEVICE` the number of the page in the VRAM is.
+pub const HMM_GPU_SNAPSHOT_PAGE_SHIFT: u32 = 20;
+
+/// Tells what is at each page of `[addr, addr + len)` and what the file's device page table has for
+/// it: one `u64` a page (`HMM_GPU_SNAPSHOT_*`), at `entries_ptr`. Moves and populates nothing.
+///
+/// Of each 512 pages (2 MiB, from `addr` on) the answer was true for all at the same moment.
+///
+/// Errors: as `RESIDENCY`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_snapshot {
+    /// In: first byte of the range, page aligned.
+    pub addr: u64,
+    /// In: bytes, page aligned, not zero.
+    pub len: u64,
+    /// In: where to write `len / HMM_GPU_PAGE_BYTES` words of 8 bytes.
+    pub entries_ptr: u64,
+    /// In: must be zero.
+    pub flags: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 2],
 }
 
 /// `_IOWR(0xE8, nr, size)` of `<linux/ioctl.h>`.
@@ -226,3 +467,7 @@ const _: () = assert!(HMM_GPU_QUERY == iowr(0, size_of::<hmm_gpu_query>()));
 const _: () = assert!(HMM_GPU_MIGRATE == iowr(1, size_of::<hmm_gpu_migrate>()));
 const _: () = assert!(HMM_GPU_RESIDENCY == iowr(2, size_of::<hmm_gpu_residency>()));
 const _: () = assert!(HMM_GPU_COUNTERS == iowr(3, size_of::<hmm_gpu_counters>()));
+const _: () = assert!(HMM_GPU_MIRROR == iowr(4, size_of::<hmm_gpu_mirror>()));
+const _: () = assert!(HMM_GPU_ACCESS == iowr(5, size_of::<hmm_gpu_access>()));
+const _: () = assert!(HMM_GPU_FAULT == iowr(6, size_of::<hmm_gpu_fault>()));
+const _: () = assert!(HMM_GPU_SNAPSHOT == iowr(7, size_of::<hmm_gpu_snapshot>()));

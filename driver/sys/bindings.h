@@ -37,6 +37,11 @@ void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgm
 void hmm_gpu_copy_page(void *to, const void *from);
 void hmm_gpu_clear_page(void *to);
 void hmm_gpu_wmb(void);
+void hmm_gpu_copy(void *to, const void *from, size_t len);
+int hmm_gpu_copy_mc(void *to, const void *from, size_t len);
+void hmm_gpu_mark_dirty(unsigned long pfn);
+bool hmm_gpu_is_readable(unsigned long pfn);
+bool hmm_gpu_is_zero_pfn(unsigned long pfn);
 
 /* page maps */
 void hmm_gpu_release_mem_region(struct device *dev, resource_size_t start, resource_size_t size);
@@ -51,6 +56,11 @@ unsigned long hmm_gpu_task_size(void);
 int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct mm_struct *mm, unsigned long start,
 				unsigned long length, const struct mmu_interval_notifier_ops *ops);
 void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq);
+bool hmm_gpu_mmu_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq);
+int hmm_gpu_range_fault(struct hmm_range *range);
+
+/* other */
+void hmm_gpu_sort_pairs(u64 (*pairs)[2], size_t count);
 
 /* PCI */
 unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar);

@@ -4,6 +4,8 @@
 #include "bindings.h"
 
 #include <linux/pagemap.h>
+#include <linux/sort.h>
+#include <linux/uaccess.h>
 
 void *hmm_gpu_pfn_address(unsigned long pfn)
 {
@@ -86,6 +88,49 @@ void hmm_gpu_clear_page(void *to)
 	clear_page(to);
 }
 
+void hmm_gpu_copy(void *to, const void *from, size_t len)
+{
+	memcpy(to, from, len);
+}
+
+int hmm_gpu_copy_mc(void *to, const void *from, size_t len)
+{
+	return copy_mc_to_kernel(to, from, len) ? -EHWPOISON : 0;
+}
+
+void hmm_gpu_mark_dirty(unsigned long pfn)
+{
+	folio_mark_dirty(page_folio(pfn_to_page(pfn)));
+}
+
+bool hmm_gpu_is_readable(unsigned long pfn)
+{
+	struct page *page = pfn_to_page(pfn);
+	char byte;
+
+	if (is_device_private_page(page))
+		return false;
+	/* The memory of a secret file has no direct mapping. */
+	return !copy_from_kernel_nofault(&byte, page_address(page), sizeof(byte));
+}
+
+bool hmm_gpu_is_zero_pfn(unsigned long pfn)
+{
+	return is_zero_pfn(pfn);
+}
+
+static int compare_pairs(const void *first, const void *second)
+{
+	const u64 *a = first, *b = second;
+
+	return a[0] == b[0] ? cmp_int(a[1], b[1]) : cmp_int(a[0], b[0]);
+}
+
+void hmm_gpu_sort_pairs(u64 (*pairs)[2], size_t count)
+{
+	sort(pairs, count, sizeof(*pairs), compare_pairs, NULL);
+}
+
 void hmm_gpu_wmb(void)
 {
 	wmb();
@@ -144,6 +189,16 @@ int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct m
 void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq)
 {
 	mmu_interval_set_seq(notifier, seq);
+}
+
+bool hmm_gpu_mmu_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq)
+{
+	return mmu_interval_read_retry(notifier, seq);
+}
+
+int hmm_gpu_range_fault(struct hmm_range *range)
+{
+	return hmm_range_fault_unlocked_timeout(range, msecs_to_jiffies(HMM_RANGE_DEFAULT_TIMEOUT));
 }
 
 unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar)

@@ -169,6 +169,22 @@ impl Mapping {
         Ok(())
     }
 
+    /// Reads `to.len()` bytes at `offset`.
+    pub(crate) fn read_bytes(&self, offset: usize, to: &mut [u8]) -> Result {
+        let from = self.at(offset, to.len())?;
+        // SAFETY: Inside the mapping, which is no Rust object.
+        unsafe { bindings::hmm_gpu_copy(to.as_mut_ptr().cast(), from.cast(), to.len()) };
+        Ok(())
+    }
+
+    /// Writes `from` at `offset`.
+    pub(crate) fn write_bytes(&self, offset: usize, from: &[u8]) -> Result {
+        let to = self.at(offset, from.len())?;
+        // SAFETY: As for reading.
+        unsafe { bindings::hmm_gpu_copy(to.cast(), from.as_ptr().cast(), from.len()) };
+        Ok(())
+    }
+
     /// Reads a word.
     pub(crate) fn read_u64(&self, offset: usize) -> Result<u64> {
         if offset % size_of::<u64>() != 0 {

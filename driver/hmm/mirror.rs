@@ -1,0 +1,614 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Mirrors: an address space as one device sees it.
+//!
+//! C header: `include/linux/hmm.h`, `include/linux/mmu_notifier.h`.
+//!
+//! A [`Mirror`] is an interval notifier over all of an address space, and a device page table that
+//! has no entry for anything that the address space has taken back. Its lock is what
+//! `mmu_interval_read_begin` calls the user's lock: an invalidation takes entries away under it,
+//! entries are made under it, after it was seen that nothing has been invalidated since the pages
+//! were looked at, and the device's accesses are made under it. So what an entry names is there as
+//! long as the lock is held, without a reference to it.
+//!
+//! Under the lock nothing is allocated, nothing is copied from or to user space, and no other lock
+//! is taken but spinlocks: invalidations come from reclaim, and from wherever an address space
+//! changes.
+
+use crate::{
+    hmm::{
+        pagemap::{Ops, PageMap},
+        vma::{user_end, ReadLocked},
+        PAGE_BYTES,
+    },
+    radix::{walk, Home, Node, Spare, Tree, Walked},
+    sys::{
+        bindings,
+        gate::Gate,
+        mapping::{Mapping, Written},
+    },
+    uapi::{HMM_GPU_PTE_SYSTEM, HMM_GPU_PTE_VALID, HMM_GPU_PTE_WRITABLE},
+};
+use kernel::{
+    error::to_result,
+    mm::MmWithUser,
+    new_mutex,
+    prelude::*,
+    sync::{Arc, Mutex},
+    types::Opaque,
+};
+
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
+const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
+const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS;
+const REQ_FAULT: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_FAULT;
+const REQ_WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_WRITE;
+const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
+
+/// What a device that has mirrors does for them.
+pub(crate) trait Table: Ops {
+    /// Where a node of a device page table is.
+    type Home: Home<Store = Mapping> + Send + 'static;
+
+    /// The device's memory, of which page `i` of the page map is page `i`.
+    fn store(&self) -> &Mapping;
+
+    /// A home for a node: a page of the device's memory, all zero.
+    fn home(gate: &Arc<Gate<PageMap<Self>>>, map: &PageMap<Self>) -> Result<Self::Home>;
+
+    /// `entries` entries were made.
+    fn mapped(&self, entries: usize);
+
+    /// An invalidation found something in a device page table.
+    fn invalidated(&self);
+}
+
+/// What is under a mirror's lock.
+struct State<T: Table> {
+    /// An entry of the driver's copy is what was [`Seen`] there: a page frame number and the flags
+    /// `VALID` and `WRITE`.
+    tree: Tree<T::Home>,
+    invalidations: u64,
+}
+
+/// An address space as one device sees it.
+///
+/// # Invariants
+///
+/// - `raw` is registered (`mmu_interval_notifier_insert`) for all of user space.
+/// - While the lock of `state` is held, the page that an entry of the tree names is mapped at the
+///   entry's address in the address space, writable if the entry has `WRITE`: so it is valid. It is
+///   directly mapped system memory, or a page of `T`'s owner.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Mirror<T: Table> {
+    #[pin]
+    raw: Opaque<bindings::mmu_interval_notifier>,
+    gate: Arc<Gate<PageMap<T>>>,
+    #[pin]
+    state: Mutex<State<T>>,
+}
+
+// SAFETY: A notifier may be removed from any task, and all else in it is `Send`.
+unsafe impl<T: Table> Send for Mirror<T> {}
+// SAFETY: The methods may be called from several tasks at a time.
+unsafe impl<T: Table> Sync for Mirror<T> {}
+
+/// What a page is wanted for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Reading.
+    Read,
+    /// Writing, and reading.
+    Write,
+}
+
+/// A device's access that ended for want of an entry that allows it.
+#[derive(Clone, Copy)]
+pub(crate) struct Miss {
+    /// The word that the device found for the page, if there was a place for one.
+    pub(crate) word: u64,
+}
+
+/// What a device page table is, at one moment.
+pub(crate) struct Shape {
+    pub(crate) levels: u32,
+    pub(crate) root: Option<u64>,
+    pub(crate) nodes: usize,
+    pub(crate) entries: usize,
+    pub(crate) invalidations: u64,
+}
+
+impl<T: Table> Mirror<T> {
+    const OPS: &'static bindings::mmu_interval_notifier_ops =
+        &bindings::mmu_interval_notifier_ops {
+            invalidate: Some(Self::invalidate),
+            invalidate_start: None,
+            invalidate_finish: None,
+        };
+
+    /// Mirrors `mm`, for which its lock is taken for writing, for the device behind `gate`.
+    ///
+    /// Fails with `EINTR` if a signal comes, and with `ENOMEM`.
+    pub(crate) fn new(
+        mm: &MmWithUser,
+        gate: Arc<Gate<PageMap<T>>>,
+    ) -> impl PinInit<Self, Error> + '_ {
+        try_pin_init!(Self {
+            gate,
+            state <- new_mutex!(State {
+                tree: Tree::new(user_end()),
+                invalidations: 0,
+            }),
+            // Last, since from here on the kernel calls. There are no entries yet.
+            // INVARIANT: Registered if this returns `Ok`.
+            raw <- Opaque::try_ffi_init(|raw| {
+                // SAFETY: `raw` is pinned until `drop` has removed it; the address space has users.
+                to_result(unsafe { bindings::hmm_gpu_mmu_interval_insert(raw, mm.as_raw(), 0, user_end(), Self::OPS) })
+            }),
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Called by the kernel as `mmu_interval_notifier_ops::invalidate`, for the notifier of a
+    /// `Mirror<T>`.
+    unsafe extern "C" fn invalidate(
+        raw: *mut bindings::mmu_interval_notifier,
+        range: *const bindings::mmu_notifier_range,
+        seq: c_ulong,
+    ) -> bool {
+        // SAFETY: The notifier is in a `Mirror<T>`, which removes it before it goes. The range is
+        // valid for the call.
+        let (this, start, end, blockable) = unsafe {
+            (
+                &*kernel::container_of!(
+                    raw.cast::<Opaque<bindings::mmu_interval_notifier>>(),
+                    Self,
+                    raw
+                ),
+                (*range).start,
+                (*range).end,
+                (*range).flags & bindings::MMU_NOTIFIER_RANGE_BLOCKABLE != 0,
+            )
+        };
+        // Once the device is gone nobody reads its copy.
+        let map = this.gate.enter().ok();
+        let state = if blockable {
+            Some(this.state.lock())
+        } else {
+            this.state.try_lock()
+        };
+        let Some(mut state) = state else {
+            return false;
+        };
+        // SAFETY: The kernel calls this for a registered notifier, between its own start and end,
+        // and the lock is held that those who read the number hold.
+        unsafe { bindings::hmm_gpu_mmu_interval_set_seq(raw, seq) };
+        let store = map.as_ref().map(|map| map.data().store());
+        if state.tree.clear(start, end, store) > 0 {
+            state.invalidations += 1;
+            if let Some(map) = &map {
+                // The device sees that the entries are gone before it sees anything that is written
+                // to the pages they named: those writes go the same way, after this.
+                Written::wait();
+                map.data().invalidated();
+            }
+        }
+        true
+    }
+
+    /// Looks at `seen.len()` pages from `start` on, with the mmap lock held. Nothing is faulted in.
+    /// What was seen is true as long as `mmu_interval_read_retry` has nothing against the number
+    /// that is returned.
+    ///
+    /// Fails with `EBUSY` if the address space kept changing.
+    fn look_once(&self, lock: &ReadLocked<'_>, start: usize, seen: &mut [Seen]) -> Result<usize> {
+        const ATTEMPTS: usize = 64;
+
+        // SAFETY: Registered, so its address space is valid to compare.
+        if unsafe { (*self.raw.get()).mm } != lock.mm().as_raw() {
+            return Err(EINVAL);
+        }
+        for _ in 0..ATTEMPTS {
+            seen.fill(Seen(0));
+            let mut range = bindings::hmm_range {
+                notifier: self.raw.get(),
+                // SAFETY: The notifier is registered.
+                notifier_seq: unsafe { bindings::mmu_interval_read_begin(self.raw.get()) },
+                start,
+                end: start + seen.len() * PAGE_BYTES,
+                hmm_pfns: seen.as_mut_ptr().cast(),
+                default_flags: 0,
+                pfn_flags_mask: 0,
+                dev_private_owner: T::owner().as_raw(),
+            };
+            // SAFETY: The lock is held and the array has a word for each page of the range.
+            match to_result(unsafe { bindings::hmm_range_fault(&mut range) }) {
+                Err(error) if error == EBUSY => continue,
+                result => return result.map(|()| range.notifier_seq),
+            }
+        }
+        Err(EBUSY)
+    }
+
+    /// Looks at `seen.len()` pages from `start` on, with the mmap lock held. Nothing is faulted in.
+    ///
+    /// The answer was true at one moment for each page. Fails with `EBUSY` if the address space
+    /// kept changing.
+    pub(crate) fn look(&self, lock: &ReadLocked<'_>, start: usize, seen: &mut [Seen]) -> Result {
+        self.look_once(lock, start, seen).map(drop)
+    }
+
+    /// Looks at pages, and has `visit` see what was there at the same moment: in the address space,
+    /// and in the device page table.
+    ///
+    /// Fails with `EBUSY` if the address space kept changing.
+    pub(crate) fn snapshot(
+        &self,
+        lock: &ReadLocked<'_>,
+        start: usize,
+        seen: &mut [Seen],
+        mut visit: impl FnMut(usize, Seen, Option<Seen>),
+    ) -> Result {
+        self.when_stable(lock, start, seen, |state, seen| {
+            for (i, seen) in seen.iter().enumerate() {
+                let entry = state.tree.get(start + i * PAGE_BYTES);
+                // CAST: An entry is a word.
+                visit(i, *seen, (entry != 0).then_some(Seen(entry as usize)));
+            }
+            Ok(())
+        })
+    }
+
+    /// Looks at pages, and calls `then` under the lock while what was seen is true.
+    fn when_stable<R>(
+        &self,
+        lock: &ReadLocked<'_>,
+        start: usize,
+        seen: &mut [Seen],
+        then: impl FnOnce(&mut State<T>, &[Seen]) -> Result<R>,
+    ) -> Result<R> {
+        const ATTEMPTS: usize = 64;
+
+        for _ in 0..ATTEMPTS {
+            let seq = self.look_once(lock, start, seen)?;
+            let mut state = self.state.lock();
+            // SAFETY: The notifier is registered and the lock is held.
+            if !unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), seq) } {
+                return then(&mut state, seen);
+            }
+        }
+        Err(EBUSY)
+    }
+
+    /// Faults in the pages of `[start, end)`, which are page aligned, as the CPU would: they come to
+    /// system memory (`hmm_range_fault_unlocked_timeout`). `scratch` has a place for each.
+    ///
+    /// May wait for user space without limit, until the task is killed: no lock may be held, and
+    /// nothing be lent.
+    ///
+    /// Fails with `EFAULT` if nothing is mapped or it cannot be read, with `EPERM` if it cannot be
+    /// written to, with `EBUSY` if the address space kept changing for a second, with `ENOMEM`,
+    /// `EHWPOISON` and `EINTR`. Then some of the pages may have been faulted in.
+    pub(crate) fn fault_in(
+        &self,
+        start: usize,
+        end: usize,
+        access: Access,
+        scratch: &mut [Seen],
+    ) -> Result {
+        let pages = end.checked_sub(start).ok_or(EINVAL)? / PAGE_BYTES;
+        let scratch = scratch.get_mut(..pages).ok_or(EINVAL)?;
+        if end > user_end() {
+            return Err(EFAULT);
+        }
+        scratch.fill(Seen(0));
+        let mut range = bindings::hmm_range {
+            notifier: self.raw.get(),
+            notifier_seq: 0,
+            start,
+            end,
+            hmm_pfns: scratch.as_mut_ptr().cast(),
+            default_flags: match access {
+                Access::Read => REQ_FAULT,
+                Access::Write => REQ_FAULT | REQ_WRITE,
+            },
+            pfn_flags_mask: 0,
+            // Nobody's: a page on a device that is asked for here is one that cannot be used there.
+            dev_private_owner: core::ptr::null_mut(),
+        };
+        // SAFETY: The notifier is registered, its address space has users, and the array has a word
+        // for each page of the range.
+        to_result(unsafe { bindings::hmm_gpu_range_fault(&mut range) })
+    }
+
+    /// Has the device page table have a root.
+    pub(crate) fn root(&self, map: &PageMap<T>) -> Result {
+        let top = {
+            let state = self.state.lock();
+            if state.tree.root().is_some() {
+                return Ok(());
+            }
+            state.tree.levels() - 1
+        };
+        let root = Node::new(T::home(&self.gate, map)?, top, GFP_KERNEL_ACCOUNT)?;
+        self.state.lock().tree.plant(root);
+        Ok(())
+    }
+
+    /// Has the device page table have nodes for the 2 MiB that `addr` is in.
+    ///
+    /// They may be gone again when something was unmapped there since.
+    pub(crate) fn prepare(&self, map: &PageMap<T>, addr: usize) -> Result {
+        loop {
+            let (missing, retired) = {
+                let mut state = self.state.lock();
+                (state.tree.missing(addr), state.tree.take_retired())
+            };
+            // Not under the lock: this gives back memory.
+            if let Some(node) = retired {
+                drop(node);
+                continue;
+            }
+            if missing == 0 {
+                return Ok(());
+            }
+            let mut spare = Spare::new(missing, GFP_KERNEL_ACCOUNT, || T::home(&self.gate, map))?;
+            let mut state = self.state.lock();
+            if state.tree.missing(addr) <= missing {
+                state.tree.grow(addr, &mut spare, map.data().store())?;
+            }
+            drop(state);
+        }
+    }
+
+    /// Looks at pages, with the mmap lock held, and makes entries for those that are there for what
+    /// is wanted of them: in system memory, or in the memory of the device. `done` is called with
+    /// the number of each, and whether it is in the memory of the device. Nothing is faulted in.
+    ///
+    /// All of them are in the same 2 MiB. Without nodes for those (see [`Mirror::prepare`]) nothing
+    /// is done.
+    pub(crate) fn map(
+        &self,
+        lock: &ReadLocked<'_>,
+        map: &PageMap<T>,
+        start: usize,
+        seen: &mut [Seen],
+        wanted: impl Fn(usize) -> Option<Access>,
+        mut done: impl FnMut(usize, bool),
+    ) -> Result {
+        let store = map.data().store();
+        let mut mapped = 0;
+        self.when_stable(lock, start, seen, |state, seen| {
+            if state.tree.missing(start) > 0 {
+                return Ok(());
+            }
+            for (i, seen) in seen.iter().enumerate() {
+                let Some((access, pfn)) = wanted(i).zip(seen.pfn()) else {
+                    continue;
+                };
+                if access == Access::Write && !seen.is_writable() {
+                    continue;
+                }
+                let word = word(map, pfn, seen.is_writable());
+                // SAFETY: What was seen is true, so the page is mapped and cannot go while the lock
+                // is held.
+                if !unsafe { may_map(word, pfn) } {
+                    continue;
+                }
+                // INVARIANT: As just seen; `may_map` has checked the rest.
+                // CAST: A word.
+                let entry = (seen.0 & (VALID | WRITE) | pfn) as u64;
+                let addr = start + i * PAGE_BYTES;
+                if state.tree.get(addr) != entry {
+                    state.tree.set(addr, entry, word, store)?;
+                    mapped += 1;
+                }
+                done(i, word & HMM_GPU_PTE_SYSTEM == 0);
+            }
+            Written::wait();
+            Ok(())
+        })?;
+        map.data().mapped(mapped);
+        Ok(())
+    }
+
+    /// The device reads at `addr`: fills `to`, which does not go beyond the page.
+    pub(crate) fn read(
+        &self,
+        map: &PageMap<T>,
+        addr: usize,
+        to: &mut [u8],
+    ) -> Result<core::result::Result<(), Miss>> {
+        self.access(map, addr, to.len(), Access::Read, |page| match page {
+            // SAFETY: Under the lock the page of an entry is valid and directly mapped, by the type
+            // invariants; `access` has checked that the bytes are inside it.
+            Page::System { bytes, .. } => to_result(unsafe {
+                bindings::hmm_gpu_copy_mc(to.as_mut_ptr().cast(), bytes.cast(), to.len())
+            }),
+            Page::Device { offset } => map.data().store().read_bytes(offset, to),
+        })
+    }
+
+    /// The device writes at `addr` what is in `from`, which does not go beyond the page.
+    pub(crate) fn write(
+        &self,
+        map: &PageMap<T>,
+        addr: usize,
+        from: &[u8],
+    ) -> Result<core::result::Result<(), Miss>> {
+        self.access(map, addr, from.len(), Access::Write, |page| match page {
+            Page::System { bytes, pfn } => {
+                // SAFETY: As for reading. Others may access the bytes too, as they may those of any
+                // page of a process.
+                unsafe {
+                    bindings::hmm_gpu_copy(bytes.cast(), from.as_ptr().cast(), from.len());
+                    bindings::hmm_gpu_mark_dirty(pfn);
+                }
+                Ok(())
+            }
+            Page::Device { offset } => {
+                map.data().store().write_bytes(offset, from)?;
+                Written::wait();
+                Ok(())
+            }
+        })
+    }
+
+    /// Walks the table in the device's memory, as the device would, and has `then` access the page,
+    /// under the lock.
+    ///
+    /// What the device found counts only if it is what the driver's own copy says: `EIO` otherwise.
+    fn access(
+        &self,
+        map: &PageMap<T>,
+        addr: usize,
+        len: usize,
+        access: Access,
+        then: impl FnOnce(Page) -> Result,
+    ) -> Result<core::result::Result<(), Miss>> {
+        let offset = addr % PAGE_BYTES;
+        if len > PAGE_BYTES - offset {
+            return Err(EINVAL);
+        }
+        let state = self.state.lock();
+        let store = map.data().store();
+        let Some(root) = state.tree.root() else {
+            return Ok(Err(Miss { word: 0 }));
+        };
+        let found = walk(root, state.tree.levels(), addr, |offset| {
+            store.read_u64(usize::try_from(offset)?)
+        })?;
+        let word = match found {
+            Walked::NoNode => 0,
+            Walked::Entry(word) => word,
+        };
+        // CAST: An entry is a word.
+        let entry = Seen(state.tree.get(addr) as usize);
+        let Some(pfn) = entry.pfn() else {
+            if word & HMM_GPU_PTE_VALID != 0 {
+                return Err(EIO);
+            }
+            state.tree.request(addr, store);
+            return Ok(Err(Miss { word }));
+        };
+        if word != self::word(map, pfn, entry.is_writable()) {
+            return Err(EIO);
+        }
+        if access == Access::Write && !entry.is_writable() {
+            return Ok(Err(Miss { word }));
+        }
+        let page = match map.index_of(pfn) {
+            Some(index) => Page::Device {
+                offset: index * PAGE_BYTES + offset,
+            },
+            // SAFETY: System memory, by the type invariants, so it is directly mapped, and the
+            // offset is inside the page.
+            None => Page::System {
+                bytes: unsafe { bindings::hmm_gpu_pfn_address(pfn).cast::<u8>().add(offset) },
+                pfn,
+            },
+        };
+        then(page).map(Ok)
+    }
+
+    /// What the device page table is now.
+    pub(crate) fn shape(&self) -> Shape {
+        let state = self.state.lock();
+        Shape {
+            levels: state.tree.levels(),
+            root: state.tree.root(),
+            nodes: state.tree.nodes(),
+            entries: state.tree.entries(),
+            invalidations: state.invalidations,
+        }
+    }
+}
+
+/// What the device's entry for page `pfn` says, of system memory or of `map`.
+fn word<T: Ops>(map: &PageMap<T>, pfn: usize, writable: bool) -> u64 {
+    let access = if writable {
+        HMM_GPU_PTE_VALID | HMM_GPU_PTE_WRITABLE
+    } else {
+        HMM_GPU_PTE_VALID
+    };
+    match map.index_of(pfn) {
+        // CAST: Widens.
+        Some(index) => access | (index * PAGE_BYTES) as u64,
+        None => access | HMM_GPU_PTE_SYSTEM,
+    }
+}
+
+/// Whether the device may have an entry that says `word` for page `pfn`, which is then told so.
+///
+/// # Safety
+///
+/// The page is mapped in an address space, and stays so during the call.
+unsafe fn may_map(word: u64, pfn: usize) -> bool {
+    if word & HMM_GPU_PTE_SYSTEM != 0 {
+        // Not the page of another device, nor one that is kept secret from the kernel.
+        // SAFETY: The page is mapped, so it is valid.
+        return unsafe { bindings::hmm_gpu_is_readable(pfn) };
+    }
+    if word & HMM_GPU_PTE_WRITABLE != 0 {
+        // The device writes to its memory when it likes: so the content is not to be dropped as one
+        // that `MADV_FREE` has given up.
+        // SAFETY: As above.
+        unsafe { bindings::hmm_gpu_mark_dirty(pfn) };
+    }
+    true
+}
+
+/// Where the device accesses memory.
+enum Page {
+    /// System memory, at `bytes`, in page `pfn`.
+    System { bytes: *mut u8, pfn: usize },
+    /// The device's memory.
+    Device { offset: usize },
+}
+
+#[pinned_drop]
+impl<T: Table> PinnedDrop for Mirror<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Registered, by the type invariants. Waits for callbacks that run.
+        unsafe { bindings::mmu_interval_notifier_remove(self.raw.get()) };
+    }
+}
+
+/// What is at a page of a process.
+///
+/// A page frame number in it is for comparing only: the page may be elsewhere by now.
+#[repr(transparent)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Seen(usize);
+
+impl Seen {
+    /// The page frame number, if a page is there: of system memory, or a device page of the owner
+    /// asked for.
+    pub(crate) fn pfn(self) -> Option<usize> {
+        (self.0 & VALID != 0).then_some(self.0 & !FLAGS)
+    }
+
+    /// Whether it could not be seen: the mapping allows no reading.
+    pub(crate) fn is_hidden(self) -> bool {
+        self.0 & ERROR != 0
+    }
+
+    /// Whether the process may write to it without a fault that changes the mapping.
+    pub(crate) fn is_writable(self) -> bool {
+        self.0 & WRITE != 0
+    }
+
+    /// log2 of the number of pages that it is mapped together with.
+    pub(crate) fn order(self) -> usize {
+        (self.0 >> ORDER_SHIFT) & 0x1f
+    }
+
+    /// Whether it is the kernel's page of zeroes.
+    pub(crate) fn is_zero_page(self) -> bool {
+        self.pfn()
+            // SAFETY: Always fine to call.
+            .is_some_and(|pfn| unsafe { bindings::hmm_gpu_is_zero_pfn(pfn) })
+    }
+}

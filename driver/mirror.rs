@@ -1,0 +1,612 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a device does through its page tables: it accesses memory, and faults where it has no
+//! entry.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    bitmap::BLOCK_PAGES,
+    client::MemoryGate,
+    devmem::DeviceMemory,
+    hmm::{
+        mirror::{Access, Mirror, Miss, Seen, Table},
+        pagemap::PageMap,
+        vma::{user_end, ReadLocked},
+        PAGE_BYTES,
+    },
+    migration::{Progress, Request, Target},
+    radix::Home,
+    sys::{
+        self,
+        mapping::{Mapping, Written},
+    },
+    uapi::{self, hmm_gpu_device_fault, HMM_GPU_PAGE_BYTES},
+};
+use kernel::{
+    mm::{virt::flags, MmWithUser},
+    prelude::*,
+    sync::Arc,
+};
+
+/// The most pages that are serviced together: 2 MiB of them, which share a leaf of the table.
+pub(crate) const WINDOW: usize = BLOCK_PAGES;
+
+/// Bytes of a window.
+pub(crate) const WINDOW_BYTES: usize = WINDOW * PAGE_BYTES;
+
+/// A page of VRAM that holds a node of a device page table. Given back when it is dropped, if the
+/// device is there still.
+pub(crate) struct TablePage {
+    gate: Arc<MemoryGate>,
+    index: usize,
+}
+
+impl Home for TablePage {
+    type Store = Mapping;
+
+    fn offset(&self) -> u64 {
+        // CAST: Widens.
+        (self.index * PAGE_BYTES) as u64
+    }
+
+    fn write(&self, store: &Mapping, slot: usize, word: u64) {
+        // Inside, so it cannot fail.
+        let _ = store.write_u64(self.index * PAGE_BYTES + slot * size_of::<u64>(), word);
+    }
+
+    fn fence(_store: &Mapping) {
+        Written::wait();
+    }
+}
+
+impl Drop for TablePage {
+    fn drop(&mut self) {
+        if let Ok(map) = self.gate.enter() {
+            map.data().counters.tables_freed.add(1);
+            map.data().give_back(self.index, 0);
+        }
+    }
+}
+
+impl Table for DeviceMemory {
+    type Home = TablePage;
+
+    fn store(&self) -> &Mapping {
+        &self.vram
+    }
+
+    fn home(gate: &Arc<MemoryGate>, map: &PageMap<Self>) -> Result<TablePage> {
+        let memory = map.data();
+        let mut index = [0];
+        if memory.take(0, &mut index) == 0 {
+            memory.counters.vram_failures.add(1);
+            return Err(ENOSPC);
+        }
+        memory.counters.tables_taken.add(1);
+        let [index] = index;
+        let page = TablePage {
+            gate: gate.clone(),
+            // CAST: The index of a page fits in a word.
+            index: index as usize,
+        };
+        memory.vram.zero(page.index * PAGE_BYTES, PAGE_BYTES)?;
+        Ok(page)
+    }
+
+    fn mapped(&self, entries: usize) {
+        self.counters.mapped.add(entries);
+    }
+
+    fn invalidated(&self) {
+        self.counters.invalidations.add(1);
+    }
+}
+
+/// What is done about a device fault.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Policy {
+    /// The page is mapped where it lies.
+    Map,
+    /// It is moved to the device before, if it can be.
+    Migrate,
+}
+
+/// A page of a window.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Page {
+    /// Nothing is asked of it.
+    Idle,
+    /// The device wants it.
+    Wanted(Access),
+    /// It has an entry for what was wanted.
+    Mapped {
+        /// In the device's memory.
+        device: bool,
+    },
+    /// It has none, and this is why.
+    Failed(Error),
+}
+
+/// Services device faults on behalf of the process that calls.
+pub(crate) struct Service<'a> {
+    gate: &'a MemoryGate,
+    mirror: &'a Mirror<DeviceMemory>,
+    mm: &'a MmWithUser,
+    request: Option<Request<'a>>,
+    seen: KVec<Seen>,
+    /// The pages of the window, from its first address on.
+    pub(crate) window: KVec<Page>,
+}
+
+impl<'a> Service<'a> {
+    /// Prepares for it: memory is allocated.
+    pub(crate) fn new(
+        gate: &'a MemoryGate,
+        mirror: &'a Mirror<DeviceMemory>,
+        mm: &'a MmWithUser,
+        policy: Policy,
+    ) -> Result<Self> {
+        let request = match policy {
+            Policy::Map => None,
+            Policy::Migrate => Some(Request::new(gate, mirror, Target::Device)?),
+        };
+        Ok(Self {
+            gate,
+            mirror,
+            mm,
+            request,
+            seen: KVec::from_elem(Seen::default(), WINDOW, GFP_KERNEL)?,
+            window: KVec::from_elem(Page::Idle, WINDOW, GFP_KERNEL)?,
+        })
+    }
+
+    /// Services the faults on the pages of the window at `base` that are wanted: each is `Mapped`
+    /// or `Failed` after it. If this fails, with what ends a call, some are `Wanted` still.
+    ///
+    /// Waits for user space, in a fault: nothing may be locked or lent.
+    pub(crate) fn run(&mut self, base: usize) -> Result {
+        // A page that others want elsewhere comes and goes. When it has gone that often it is
+        // mapped where it is, and at last that fails too.
+        const MIGRATE_ATTEMPTS: usize = 4;
+        const ATTEMPTS: usize = 256;
+
+        self.count();
+        self.refuse_beyond(base);
+        for attempt in 0..ATTEMPTS {
+            if !self
+                .window
+                .iter()
+                .any(|page| matches!(page, Page::Wanted(_)))
+            {
+                return Ok(());
+            }
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            if attempt < MIGRATE_ATTEMPTS {
+                self.migrate(base)?;
+            }
+            self.map(base)?;
+            self.fault_in(base)?;
+        }
+        self.fail_wanted(EBUSY);
+        Ok(())
+    }
+
+    fn count(&self) {
+        if let Ok(map) = self.gate.enter() {
+            let wanted = |page: &&Page| matches!(page, Page::Wanted(_));
+            let count = self.window.iter().filter(wanted).count();
+            map.data().counters.device_faults.add(count);
+        }
+    }
+
+    fn refuse_beyond(&mut self, base: usize) {
+        let inside = user_end().saturating_sub(base) / PAGE_BYTES;
+        for page in self.window.iter_mut().skip(inside) {
+            if let Page::Wanted(_) = page {
+                *page = Page::Failed(EFAULT);
+            }
+        }
+    }
+
+    fn fail_wanted(&mut self, error: Error) {
+        for page in self.window.iter_mut() {
+            if let Page::Wanted(_) = page {
+                *page = Page::Failed(error);
+            }
+        }
+    }
+
+    /// The next pages from `from` on that are wanted for the same: the first, the one after the
+    /// last, and for what.
+    fn next_run(&self, from: usize) -> Option<(usize, usize, Access)> {
+        let mut pages = self.window.iter().enumerate().skip(from);
+        let (first, access) = pages.find_map(|(i, page)| match page {
+            Page::Wanted(access) => Some((i, *access)),
+            _ => None,
+        })?;
+        let same = |page: &&Page| **page == Page::Wanted(access);
+        let count = self.window.iter().skip(first).take_while(same).count();
+        Some((first, first + count, access))
+    }
+
+    /// Moves what is wanted to the device, as far as it can be, if that is the policy.
+    fn migrate(&mut self, base: usize) -> Result {
+        let mut from = 0;
+        while let Some((first, end, _)) = self.next_run(from) {
+            from = end;
+            let Some(request) = &mut self.request else {
+                return Ok(());
+            };
+            let (start, stop) = (base + first * PAGE_BYTES, base + end * PAGE_BYTES);
+            let mut progress = Progress::default();
+            match request.run(self.mm, start, stop, &mut progress) {
+                Err(error) if error == EINTR || error == ENODEV => return Err(error),
+                // It is a wish. What cannot be moved is mapped where it lies.
+                Err(error) if error == ENOSPC => self.request = None,
+                _ => (),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes entries for what is there for what is wanted of it.
+    fn map(&mut self, base: usize) -> Result {
+        {
+            let map = self.gate.enter()?;
+            if let Err(error) = self.mirror.prepare(&map, base) {
+                drop(map);
+                self.fail_wanted(error);
+                return Ok(());
+            }
+        }
+        let Some((first, _, _)) = self.next_run(0) else {
+            return Ok(());
+        };
+        let wanted = |page: &Page| matches!(page, Page::Wanted(_));
+        let last = self.window.iter().rposition(wanted).unwrap_or(first);
+        let pages = self.window.get_mut(first..=last).ok_or(EINVAL)?;
+        let seen = self.seen.get_mut(..pages.len()).ok_or(EINVAL)?;
+        let pages = core::cell::Cell::from_mut(pages).as_slice_of_cells();
+        let lock = ReadLocked::new(self.mm)?;
+        let map = self.gate.enter()?;
+        let result = self.mirror.map(
+            &lock,
+            &map,
+            base + first * PAGE_BYTES,
+            seen,
+            |i| match pages.get(i)?.get() {
+                Page::Wanted(access) => Some(access),
+                _ => None,
+            },
+            |i, device| {
+                if let Some(page) = pages.get(i) {
+                    page.set(Page::Mapped { device });
+                }
+            },
+        );
+        match result {
+            // The address space kept changing: that is one attempt.
+            Err(error) if error == EBUSY => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Faults in what is not there for what is wanted of it.
+    fn fault_in(&mut self, base: usize) -> Result {
+        let mut from = 0;
+        while let Some((first, end, access)) = self.next_run(from) {
+            from = end;
+            let at = |i: usize| base + i * PAGE_BYTES;
+            let Err(error) = self
+                .mirror
+                .fault_in(at(first), at(end), access, &mut self.seen)
+            else {
+                continue;
+            };
+            self.not_in(at(first), first, end - first == 1, error)?;
+            if end - first == 1 {
+                continue;
+            }
+            // One of them cannot be had. Which one?
+            for i in first..end {
+                if let Err(error) = self
+                    .mirror
+                    .fault_in(at(i), at(i + 1), access, &mut self.seen)
+                {
+                    self.not_in(at(i), i, true, error)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Faulting in page `i`, at `addr`, has failed; `alone` if it was asked for alone.
+    fn not_in(&mut self, addr: usize, i: usize, alone: bool, error: Error) -> Result {
+        if error == EINTR {
+            return Err(error);
+        }
+        if !alone {
+            return Ok(());
+        }
+        let error = if error == EPERM || (error == EFAULT && self.is_forbidden(addr)?) {
+            EACCES
+        } else {
+            error
+        };
+        if let Some(page) = self.window.get_mut(i) {
+            *page = Page::Failed(error);
+        }
+        Ok(())
+    }
+
+    /// Whether something is mapped at `addr` that must not be read.
+    fn is_forbidden(&self, addr: usize) -> Result<bool> {
+        let lock = ReadLocked::new(self.mm)?;
+        let vma = lock.find_vma(addr).filter(|vma| vma.start() <= addr);
+        Ok(vma.is_some_and(|vma| vma.flags() & flags::READ == 0))
+    }
+}
+
+/// Device faults that are serviced together.
+pub(crate) struct Batch<'b> {
+    faults: &'b mut [hmm_gpu_device_fault],
+    /// Page number and index of each, sorted.
+    order: KVVec<[u64; 2]>,
+    /// Pages that were mapped.
+    pub(crate) mapped: usize,
+    /// Those of them that are in the device's memory.
+    pub(crate) device: usize,
+    /// Pages that were not.
+    pub(crate) failed: usize,
+}
+
+impl<'b> Batch<'b> {
+    /// Sorts the faults. Fails with `EINVAL` if one wants what there is not.
+    pub(crate) fn new(faults: &'b mut [hmm_gpu_device_fault]) -> Result<Self> {
+        let mut order = KVVec::with_capacity(faults.len(), GFP_KERNEL_ACCOUNT)?;
+        for (i, fault) in (0u64..).zip(faults.iter_mut()) {
+            access_of(fault)?;
+            fault.status = kernel::bindings::ECANCELED;
+            order.push([fault.addr / HMM_GPU_PAGE_BYTES, i], GFP_KERNEL_ACCOUNT)?;
+        }
+        sys::sort(&mut order);
+        Ok(Self {
+            faults,
+            order,
+            mapped: 0,
+            device: 0,
+            failed: 0,
+        })
+    }
+
+    /// Services them, a window at a time, and writes the status of each.
+    pub(crate) fn run(&mut self, service: &mut Service<'_>) -> Result {
+        let mut rest: &[[u64; 2]] = &self.order;
+        while let Some([page, _]) = rest.first() {
+            // CAST: Widens.
+            let first = page / WINDOW as u64 * WINDOW as u64;
+            let count = rest.partition_point(|[page, _]| page - first < WINDOW as u64);
+            let (these, others) = rest.split_at_checked(count).ok_or(EINVAL)?;
+            rest = others;
+            // CAST: All lossless: less than `WINDOW`, and an index into a slice.
+            let places = || {
+                these
+                    .iter()
+                    .map(|[page, i]| ((page - first) as usize, *i as usize))
+            };
+
+            service
+                .window
+                .iter_mut()
+                .for_each(|page| *page = Page::Idle);
+            for (place, i) in places() {
+                let access = access_of(self.faults.get(i).ok_or(EINVAL)?)?;
+                let page = service.window.get_mut(place).ok_or(EINVAL)?;
+                if *page != Page::Wanted(Access::Write) {
+                    *page = Page::Wanted(access);
+                }
+            }
+            // CAST: A word. The number came from an address.
+            let result = service.run(first as usize * PAGE_BYTES);
+            for (place, i) in places() {
+                if let Some(fault) = self.faults.get_mut(i) {
+                    match service.window.get(place) {
+                        Some(Page::Mapped { .. }) => fault.status = 0,
+                        // CAST: An error is a negative number.
+                        Some(Page::Failed(error)) => fault.status = error.to_errno().unsigned_abs(),
+                        _ => (),
+                    }
+                }
+            }
+            for page in service.window.iter() {
+                match page {
+                    Page::Mapped { device } => {
+                        self.mapped += 1;
+                        self.device += usize::from(*device);
+                    }
+                    Page::Failed(_) | Page::Wanted(_) => self.failed += 1,
+                    Page::Idle => (),
+                }
+            }
+            result?;
+        }
+        Ok(())
+    }
+}
+
+/// What a fault wants its page for.
+fn access_of(fault: &hmm_gpu_device_fault) -> Result<Access> {
+    match fault.access {
+        uapi::HMM_GPU_ACCESS_READ => Ok(Access::Read),
+        uapi::HMM_GPU_ACCESS_WRITE => Ok(Access::Write),
+        _ => Err(EINVAL),
+    }
+}
+
+/// How an access of the device went.
+#[derive(Default)]
+pub(crate) struct Accessed {
+    /// How many times a page was missing.
+    pub(crate) faults: usize,
+    /// Where one ended it.
+    pub(crate) fault_addr: usize,
+    /// What the device found there in its page table, if it was not serviced.
+    pub(crate) word: u64,
+}
+
+/// A device that accesses a process's memory on behalf of it.
+pub(crate) struct Engine<'a> {
+    gate: &'a MemoryGate,
+    mirror: &'a Mirror<DeviceMemory>,
+    mm: &'a MmWithUser,
+    /// What is done about misses; nothing if there is none.
+    policy: Option<Policy>,
+    service: Option<Service<'a>>,
+    pub(crate) accessed: Accessed,
+}
+
+/// What a device does with bytes at an address.
+pub(crate) enum Operation<'b> {
+    /// Reads them into these.
+    Read(&'b mut [u8]),
+    /// Writes these to them.
+    Write(&'b [u8]),
+}
+
+impl Operation<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Operation::Read(to) => to.len(),
+            Operation::Write(from) => from.len(),
+        }
+    }
+
+    fn access(&self) -> Access {
+        match self {
+            Operation::Read(_) => Access::Read,
+            Operation::Write(_) => Access::Write,
+        }
+    }
+}
+
+impl<'a> Engine<'a> {
+    /// Without a `policy`, a miss is not serviced.
+    pub(crate) fn new(
+        gate: &'a MemoryGate,
+        mirror: &'a Mirror<DeviceMemory>,
+        mm: &'a MmWithUser,
+        policy: Option<Policy>,
+    ) -> Self {
+        Self {
+            gate,
+            mirror,
+            mm,
+            policy,
+            service: None,
+            accessed: Accessed::default(),
+        }
+    }
+
+    /// Does an operation on the bytes from `addr` on, of an access that goes on until `end`. Returns
+    /// how many bytes were dealt with, and why not all of them. They must not wrap around.
+    ///
+    /// Waits for user space, in a fault: nothing may be locked or lent.
+    pub(crate) fn run(
+        &mut self,
+        addr: usize,
+        end: usize,
+        mut operation: Operation<'_>,
+    ) -> (usize, Result) {
+        // Between the service of a fault and the access that faulted, the page may go again.
+        const ATTEMPTS: usize = 256;
+
+        let len = operation.len();
+        let (mut done, mut attempts) = (0, 0);
+        while done < len {
+            let at = addr + done;
+            let piece = (len - done).min(PAGE_BYTES - at % PAGE_BYTES);
+            let result = self.piece(at, done, piece, &mut operation);
+            let result = match result {
+                Ok(Ok(())) => {
+                    done += piece;
+                    attempts = 0;
+                    continue;
+                }
+                Ok(Err(miss)) if attempts < ATTEMPTS => {
+                    attempts += 1;
+                    self.miss(at, end, operation.access(), miss)
+                }
+                Ok(Err(_)) => Err(EBUSY),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = result {
+                self.accessed.fault_addr = at;
+                return (done, Err(error));
+            }
+        }
+        (done, Ok(()))
+    }
+
+    /// Does an operation on bytes of one page.
+    fn piece(
+        &self,
+        at: usize,
+        done: usize,
+        piece: usize,
+        operation: &mut Operation<'_>,
+    ) -> Result<core::result::Result<(), Miss>> {
+        // Until it is looked at, an address is a number.
+        if at >= user_end() {
+            return Err(EFAULT);
+        }
+        let map = self.gate.enter()?;
+        let counters = &map.data().counters;
+        let range = done..done + piece;
+        let (result, counter) = match operation {
+            Operation::Read(to) => {
+                let to = to.get_mut(range).ok_or(EINVAL)?;
+                (self.mirror.read(&map, at, to)?, &counters.device_read)
+            }
+            Operation::Write(from) => {
+                let from = from.get(range).ok_or(EINVAL)?;
+                (self.mirror.write(&map, at, from)?, &counters.device_written)
+            }
+        };
+        if result.is_ok() {
+            counter.add(piece);
+        }
+        Ok(result)
+    }
+
+    /// Services a miss at `at`, and with it those to come until `end`, as far as they are in the
+    /// same window.
+    fn miss(&mut self, at: usize, end: usize, access: Access, miss: Miss) -> Result {
+        self.accessed.faults += 1;
+        let Some(policy) = self.policy else {
+            self.accessed.word = miss.word;
+            return Err(EAGAIN);
+        };
+        let service = match &mut self.service {
+            Some(service) => service,
+            none => none.insert(Service::new(self.gate, self.mirror, self.mm, policy)?),
+        };
+        let base = at & !(WINDOW_BYTES - 1);
+        let first = (at - base) / PAGE_BYTES;
+        let end = (end - base).min(WINDOW_BYTES).div_ceil(PAGE_BYTES);
+        for (i, page) in service.window.iter_mut().enumerate() {
+            *page = if (first..end).contains(&i) {
+                Page::Wanted(access)
+            } else {
+                Page::Idle
+            };
+        }
+        service.run(base)?;
+        match service.window.get(first) {
+            Some(Page::Failed(error)) => Err(*error),
+            _ => Ok(()),
+        }
+    }
+}

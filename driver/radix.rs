@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device page table: a radix tree in two copies. Plain logic, without locks.
+//!
+//! The driver's copy is what counts, and is the only one that is read. What the device reads is in
+//! its own memory: every node has a [`Home`] there, to which each change is written. An entry of
+//! the driver's copy is a word of the caller's, not zero; the device's word for it comes along when
+//! it is set.
+
+#![forbid(unsafe_code)]
+
+use crate::uapi::{
+    HMM_GPU_PTE_LEVEL_BITS, HMM_GPU_PTE_OFFSET_MASK, HMM_GPU_PTE_REQUESTED, HMM_GPU_PTE_VALID,
+};
+use kernel::{alloc::Flags, prelude::*};
+
+/// log2 of the page size in bytes.
+const PAGE_SHIFT: u32 = 12;
+
+/// Entries of a node.
+pub(crate) const FANOUT: usize = 1 << HMM_GPU_PTE_LEVEL_BITS;
+
+/// Bytes of address space that an entry at `level` stands for.
+const fn span(level: u32) -> usize {
+    1 << (PAGE_SHIFT + HMM_GPU_PTE_LEVEL_BITS * level)
+}
+
+/// The number of the entry for `addr` in a node at `level`.
+const fn slot(level: u32, addr: usize) -> usize {
+    addr / span(level) % FANOUT
+}
+
+/// How many levels a table for addresses below `end` has.
+pub(crate) const fn levels(end: usize) -> u32 {
+    let mut levels = 1;
+    while levels < 5 && span(levels) < end {
+        levels += 1;
+    }
+    levels
+}
+
+/// Where a node is in the device's memory: room for [`FANOUT`] words, all zero when it is given to
+/// a tree.
+pub(crate) trait Home {
+    /// What it takes to write there.
+    type Store: ?Sized;
+
+    /// The offset of the node, for the entry that leads to it. A multiple of the page size.
+    fn offset(&self) -> u64;
+
+    /// Writes the word of an entry.
+    fn write(&self, store: &Self::Store, slot: usize, word: u64);
+
+    /// Has the device see what was written before no later than what is written after.
+    fn fence(store: &Self::Store);
+}
+
+enum Body<H: Home> {
+    Inner(KVec<Option<KBox<Node<H>>>>),
+    Leaf(KVec<u64>),
+}
+
+/// A node.
+pub(crate) struct Node<H: Home> {
+    home: H,
+    body: Body<H>,
+    /// Entries that are not empty.
+    count: usize,
+    /// The next one of those taken out of a tree.
+    next: Option<KBox<Node<H>>>,
+}
+
+impl<H: Home> Node<H> {
+    /// An empty node for `level`.
+    pub(crate) fn new(home: H, level: u32, flags: Flags) -> Result<KBox<Self>> {
+        let body = if level == 0 {
+            Body::Leaf(KVec::from_elem(0, FANOUT, flags)?)
+        } else {
+            let mut children = KVec::with_capacity(FANOUT, flags)?;
+            for _ in 0..FANOUT {
+                children.push(None, flags)?;
+            }
+            Body::Inner(children)
+        };
+        Ok(KBox::new(
+            Self {
+                home,
+                body,
+                count: 0,
+                next: None,
+            },
+            flags,
+        )?)
+    }
+
+    fn child(&self, slot: usize) -> Option<&Node<H>> {
+        match &self.body {
+            Body::Inner(children) => children.get(slot)?.as_deref(),
+            Body::Leaf(_) => None,
+        }
+    }
+
+    fn child_mut(&mut self, slot: usize) -> Option<&mut Node<H>> {
+        match &mut self.body {
+            Body::Inner(children) => children.get_mut(slot)?.as_deref_mut(),
+            Body::Leaf(_) => None,
+        }
+    }
+
+    /// Clears the entries of `[start, end)`, which is inside what this node at `level` stands for.
+    /// Returns how many there were. Nodes that this leaves empty, and that stand for nothing else,
+    /// go to `retired`.
+    fn clear(
+        &mut self,
+        level: u32,
+        start: usize,
+        end: usize,
+        store: Option<&H::Store>,
+        retired: &mut Option<KBox<Node<H>>>,
+    ) -> usize {
+        let mut cleared = 0;
+        if self.count == 0 {
+            return 0;
+        }
+        // The last address, since `end` may be the first of the next node.
+        for slot in slot(level, start)..=slot(level, end - 1) {
+            match &mut self.body {
+                Body::Leaf(entries) => {
+                    let Some(entry) = entries.get_mut(slot).filter(|entry| **entry != 0) else {
+                        continue;
+                    };
+                    *entry = 0;
+                    cleared += 1;
+                }
+                Body::Inner(children) => {
+                    let Some(link) = children.get_mut(slot) else {
+                        continue;
+                    };
+                    let Some(child) = link.as_deref_mut() else {
+                        continue;
+                    };
+                    let first = (start & !(span(level + 1) - 1)) + slot * span(level);
+                    let (from, to) = (start.max(first), end.min(first + span(level)));
+                    cleared += child.clear(level - 1, from, to, store, retired);
+                    if child.count > 0 || to - from < span(level) {
+                        continue;
+                    }
+                    if let Some(mut child) = link.take() {
+                        child.next = retired.take();
+                        *retired = Some(child);
+                    }
+                }
+            }
+            self.count -= 1;
+            if let Some(store) = store {
+                self.home.write(store, slot, 0);
+            }
+        }
+        cleared
+    }
+}
+
+/// Nodes for a tree to grow with, made ahead.
+pub(crate) struct Spare<H: Home> {
+    /// By level, the highest last.
+    nodes: KVec<KBox<Node<H>>>,
+}
+
+impl<H: Home> Spare<H> {
+    /// Makes nodes for the `missing` lowest levels, each with a home from `home`.
+    pub(crate) fn new(
+        missing: u32,
+        flags: Flags,
+        mut home: impl FnMut() -> Result<H>,
+    ) -> Result<Self> {
+        let mut nodes = KVec::new();
+        for level in 0..missing {
+            nodes.push(Node::new(home()?, level, flags)?, flags)?;
+        }
+        Ok(Self { nodes })
+    }
+}
+
+/// A device page table.
+pub(crate) struct Tree<H: Home> {
+    levels: u32,
+    root: Option<KBox<Node<H>>>,
+    retired: Option<KBox<Node<H>>>,
+    nodes: usize,
+    entries: usize,
+}
+
+impl<H: Home> Tree<H> {
+    /// An empty one, with as many levels as addresses below `end` need.
+    pub(crate) const fn new(end: usize) -> Self {
+        Self {
+            levels: levels(end),
+            root: None,
+            retired: None,
+            nodes: 0,
+            entries: 0,
+        }
+    }
+
+    /// Gives the tree a root, made for its highest level, unless it has one. Without, the first
+    /// [`Tree::grow`] does.
+    pub(crate) fn plant(&mut self, root: KBox<Node<H>>) {
+        if self.root.is_none() {
+            self.root = Some(root);
+            self.nodes += 1;
+        }
+    }
+
+    /// How many levels there are.
+    pub(crate) fn levels(&self) -> u32 {
+        self.levels
+    }
+
+    /// How many nodes there are.
+    pub(crate) fn nodes(&self) -> usize {
+        self.nodes
+    }
+
+    /// How many entries are set.
+    pub(crate) fn entries(&self) -> usize {
+        self.entries
+    }
+
+    /// The offset of the root, if there is one. It stays as long as the tree.
+    pub(crate) fn root(&self) -> Option<u64> {
+        self.root.as_ref().map(|root| root.home.offset())
+    }
+
+    /// Whether the tree has a place for the page at `addr`.
+    fn covers(&self, addr: usize) -> bool {
+        addr / span(self.levels - 1) < FANOUT
+    }
+
+    /// How many nodes are missing on the way to the entry of the page at `addr`: those of the
+    /// lowest levels.
+    pub(crate) fn missing(&self, addr: usize) -> u32 {
+        let mut node = self.root.as_deref();
+        let mut missing = self.levels;
+        while let Some(found) = node {
+            missing -= 1;
+            node = found.child(slot(missing, addr));
+        }
+        missing
+    }
+
+    /// Puts nodes in place, as far as they are missing on the way to `addr`, and leaves the rest.
+    /// Fails with `EINVAL` if there are not enough, or the table does not reach that far.
+    pub(crate) fn grow(&mut self, addr: usize, spare: &mut Spare<H>, store: &H::Store) -> Result {
+        let missing = self.missing(addr);
+        // CAST: At most the number of levels.
+        if !self.covers(addr) || spare.nodes.len() < missing as usize {
+            return Err(EINVAL);
+        }
+        // From below, so that what becomes reachable is complete.
+        let mut below: Option<KBox<Node<H>>> = None;
+        for level in 0..missing {
+            let mut node = spare.nodes.remove(0).map_err(|_| EINVAL)?;
+            if let Some(child) = below.take() {
+                Self::link(&mut node, level, addr, child, store);
+            }
+            below = Some(node);
+            self.nodes += 1;
+        }
+        let Some(top) = below else {
+            return Ok(());
+        };
+        H::fence(store);
+        let mut level = self.levels;
+        let mut place = self.root.as_deref_mut();
+        while let Some(node) = place {
+            level -= 1;
+            if level == missing {
+                Self::link(node, level, addr, top, store);
+                return Ok(());
+            }
+            place = node.child_mut(slot(level, addr));
+        }
+        self.root = Some(top);
+        Ok(())
+    }
+
+    /// Makes `child` the one for `addr` of `node`, which is at `level` and has none there.
+    fn link(node: &mut Node<H>, level: u32, addr: usize, child: KBox<Node<H>>, store: &H::Store) {
+        let slot = slot(level, addr);
+        let offset = child.home.offset();
+        if let Body::Inner(children) = &mut node.body {
+            if let Some(place) = children.get_mut(slot) {
+                *place = Some(child);
+                node.count += 1;
+                node.home.write(store, slot, offset | HMM_GPU_PTE_VALID);
+            }
+        }
+    }
+
+    fn leaf(&self, addr: usize) -> Option<&Node<H>> {
+        let mut level = self.levels;
+        let mut node = self.root.as_deref().filter(|_| self.covers(addr))?;
+        while level > 1 {
+            level -= 1;
+            node = node.child(slot(level, addr))?;
+        }
+        Some(node)
+    }
+
+    fn leaf_mut(&mut self, addr: usize) -> Option<&mut Node<H>> {
+        let covers = self.covers(addr);
+        let mut level = self.levels;
+        let mut node = self.root.as_deref_mut().filter(|_| covers)?;
+        while level > 1 {
+            level -= 1;
+            node = node.child_mut(slot(level, addr))?;
+        }
+        Some(node)
+    }
+
+    /// The entry of the page at `addr`; zero if it is not set.
+    pub(crate) fn get(&self, addr: usize) -> u64 {
+        match self.leaf(addr).map(|leaf| &leaf.body) {
+            Some(Body::Leaf(entries)) => entries.get(slot(0, addr)).copied().unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    /// Sets the entry of the page at `addr`, neither word being zero. Fails with `EINVAL` if a node
+    /// is missing on the way. What the page holds must have been fenced.
+    pub(crate) fn set(&mut self, addr: usize, entry: u64, word: u64, store: &H::Store) -> Result {
+        let slot = slot(0, addr);
+        let leaf = self.leaf_mut(addr).ok_or(EINVAL)?;
+        let Body::Leaf(entries) = &mut leaf.body else {
+            return Err(EINVAL);
+        };
+        let place = entries.get_mut(slot).ok_or(EINVAL)?;
+        let new = *place == 0;
+        *place = entry;
+        leaf.home.write(store, slot, word);
+        if new {
+            leaf.count += 1;
+            self.entries += 1;
+        }
+        Ok(())
+    }
+
+    /// Marks the entry of the page at `addr` as requested, for the device, if there is a place for
+    /// it and it is not set.
+    pub(crate) fn request(&self, addr: usize, store: &H::Store) {
+        if let Some(leaf) = self.leaf(addr).filter(|_| self.get(addr) == 0) {
+            leaf.home.write(store, slot(0, addr), HMM_GPU_PTE_REQUESTED);
+        }
+    }
+
+    /// Clears the entries of the pages in `[start, end)` and returns how many were set. Without a
+    /// `store`, the device's copy stays as it is.
+    ///
+    /// Nodes of which nothing is left are taken out: see [`Tree::take_retired`].
+    pub(crate) fn clear(&mut self, start: usize, end: usize, store: Option<&H::Store>) -> usize {
+        let top = self.levels - 1;
+        let end = end.min(span(top).saturating_mul(FANOUT));
+        let Some(root) = self.root.as_deref_mut().filter(|_| start < end) else {
+            return 0;
+        };
+        let cleared = root.clear(top, start, end, store, &mut self.retired);
+        self.entries -= cleared;
+        cleared
+    }
+
+    /// One of the nodes that were taken out, to be dropped where that can be done: when no device
+    /// walks the table any more that may have seen it.
+    pub(crate) fn take_retired(&mut self) -> Option<KBox<Node<H>>> {
+        let mut node = self.retired.take()?;
+        self.retired = node.next.take();
+        self.nodes -= 1;
+        Some(node)
+    }
+}
+
+impl<H: Home> Drop for Tree<H> {
+    fn drop(&mut self) {
+        // One by one: to drop the first would drop the next within, and so on.
+        while self.take_retired().is_some() {}
+    }
+}
+
+/// What a device finds that walks a table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Walked {
+    /// A node is missing on the way.
+    NoNode,
+    /// The entry of the page, valid or not.
+    Entry(u64),
+}
+
+/// Walks a table as a device does: from the root at offset `root`, reading words by `read`, which
+/// is given their offsets in bytes.
+pub(crate) fn walk(
+    root: u64,
+    levels: u32,
+    addr: usize,
+    mut read: impl FnMut(u64) -> Result<u64>,
+) -> Result<Walked> {
+    let mut node = root;
+    for level in (0..levels).rev() {
+        // CAST: Widens.
+        let word = read(node + (slot(level, addr) * size_of::<u64>()) as u64)?;
+        if level == 0 {
+            return Ok(Walked::Entry(word));
+        }
+        if word & HMM_GPU_PTE_VALID == 0 {
+            return Ok(Walked::NoNode);
+        }
+        node = word & HMM_GPU_PTE_OFFSET_MASK;
+    }
+    Ok(Walked::NoNode)
+}
