@@ -8,7 +8,7 @@ macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What a device has done since it was bound, for all processes, in pages unless a field says otherwise.
         ///
-        /// All but `live_pages` only grow, so `after - before` is what happened in between:
+        /// All but `live_pages` and `table_pages` only grow, so `after - before` is what happened in between:
         ///
         /// ```no_run
         /// # fn main() -> Result<(), hmm_gpu::Error> {
@@ -25,17 +25,28 @@ macro_rules! counters {
         pub struct Counters {
             /// Pages of VRAM in use now. A difference keeps the minuend's: it is a level, not a sum.
             pub live_pages: u64,
+            /// Pages of VRAM that device page tables use now: part of `live_pages`, and a level too.
+            pub table_pages: u64,
             $($(#[$doc])* pub $name: u64,)*
         }
 
         impl Counters {
             pub(crate) fn from_uapi(answer: &hmm_gpu_counters) -> Self {
-                Self { live_pages: answer.live_pages, $($name: answer.$name,)* }
+                Self {
+                    live_pages: answer.live_pages,
+                    table_pages: answer.table_pages,
+                    $($name: answer.$name,)*
+                }
             }
 
-            /// Every counter with its name, in the order of the interface.
+            /// Every counter with its name, the two levels first.
             pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
-                [("live_pages", self.live_pages), $((stringify!($name), self.$name),)*].into_iter()
+                [
+                    ("live_pages", self.live_pages),
+                    ("table_pages", self.table_pages),
+                    $((stringify!($name), self.$name),)*
+                ]
+                .into_iter()
             }
         }
 
@@ -44,7 +55,11 @@ macro_rules! counters {
             type Output = Self;
 
             fn sub(self, before: Self) -> Self {
-                Self { live_pages: self.live_pages, $($name: self.$name.saturating_sub(before.$name),)* }
+                Self {
+                    live_pages: self.live_pages,
+                    table_pages: self.table_pages,
+                    $($name: self.$name.saturating_sub(before.$name),)*
+                }
             }
         }
     };
@@ -75,6 +90,16 @@ counters! {
     vram_failures,
     /// Moves that found no system memory, in moves.
     system_failures,
+    /// Device faults serviced: misses of accesses, and pages named by [`Device::fault`](crate::Device::fault).
+    device_faults,
+    /// Entries written to device page tables, in entries.
+    mapped_pages,
+    /// Changes of an address space that found the range in a device page table, in changes.
+    invalidations,
+    /// Bytes that the device read at process addresses.
+    device_read_bytes,
+    /// Bytes that the device wrote at process addresses.
+    device_written_bytes,
 }
 
 #[cfg(test)]
@@ -89,13 +114,17 @@ mod tests {
 
     #[test]
     fn every_counter_is_decoded_and_in_its_place() {
-        let decoded: Vec<u64> = Counters::from_uapi(&numbered())
+        let mut decoded: Vec<(u64, &str)> = Counters::from_uapi(&numbered())
             .iter()
-            .map(|(_, value)| value)
+            .map(|(name, value)| (value, name))
             .collect();
-        // Word 0 is `flags`, and six words at the end are reserved.
-        let fields = size_of::<hmm_gpu_counters>() as u64 / 8 - 6;
-        assert_eq!(decoded, (1..fields).collect::<Vec<_>>());
+        decoded.sort_unstable();
+        // Word 0 is `flags`; none is reserved.
+        let fields = size_of::<hmm_gpu_counters>() as u64 / 8;
+        let words: Vec<u64> = decoded.iter().map(|&(word, _)| word).collect();
+        assert_eq!(words, (1..fields).collect::<Vec<_>>());
+        let offset = std::mem::offset_of!(hmm_gpu_counters, table_pages) as u64 / 8;
+        assert!(decoded.contains(&(offset, "table_pages")));
     }
 
     #[test]

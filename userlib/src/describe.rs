@@ -184,11 +184,17 @@ impl Capabilities {
     /// Pages come back by themselves when the CPU touches them.
     pub const FAULT_BACK: Self = Self(uapi::HMM_GPU_CAP_FAULT_BACK);
 
-    const NAMES: [(Self, &'static str); 4] = [
+    /// The device has a page table of its own and faults: [`Device::mirror`](crate::Device::mirror),
+    /// [`read`](crate::Device::read), [`write`](crate::Device::write), [`copy`](crate::Device::copy),
+    /// [`fault`](crate::Device::fault) and [`snapshot`](crate::Device::snapshot).
+    pub const MIRROR: Self = Self(uapi::HMM_GPU_CAP_MIRROR);
+
+    const NAMES: [(Self, &'static str); 5] = [
         (Self::MIGRATE, "migrate"),
         (Self::RESIDENCY, "residency"),
         (Self::COUNTERS, "counters"),
         (Self::FAULT_BACK, "fault-back"),
+        (Self::MIRROR, "mirror"),
     ];
 
     /// Whether all of `others` are in this set.
@@ -227,8 +233,8 @@ mod tests {
     #[test]
     fn a_pci_device_is_described_with_its_address() {
         let answer = hmm_gpu_query {
-            version: 1,
-            capabilities: 0xf,
+            version: 2,
+            capabilities: 0x1f,
             unit: 2,
             source: uapi::HMM_GPU_SOURCE_PCI,
             form: uapi::HMM_GPU_FORM_ADD_RESOURCE,
@@ -241,8 +247,8 @@ mod tests {
         let description = Description::from_uapi(Path::new("/dev/hmm_gpu2"), &answer);
         assert_eq!(
             description.to_string(),
-            "/dev/hmm_gpu2: 1 GiB of VRAM (512 MiB free), PCI 0000:00:10.0, form add_resource, interface 1: \
-             migrate, residency, counters, fault-back"
+            "/dev/hmm_gpu2: 1 GiB of VRAM (512 MiB free), PCI 0000:00:10.0, form add_resource, interface 2: \
+             migrate, residency, counters, fault-back, mirror"
         );
         assert!(description.capabilities.contains(Capabilities::FAULT_BACK));
     }

@@ -7,17 +7,14 @@ use std::path::{Path, PathBuf};
 use rustix::io::{retry_on_intr, Errno};
 
 use crate::error::Attempt;
+use crate::look::{look, room};
 use crate::moving::{self, Stop};
-use crate::range::PAGE_BYTES;
 use crate::sys::{File, OpenError};
 use crate::uapi::{self, hmm_gpu_counters, hmm_gpu_query, hmm_gpu_residency};
 use crate::{Counters, Description, Error, Moved, PageRange, Residency, Target};
 
 /// The oldest interface that has all this library uses.
 const NEEDED_VERSION: u32 = 1;
-
-/// Bytes that one call looks at: 16384 pages, so that neither the call nor what it holds becomes long.
-const LOOK_BYTES: usize = 64 << 20;
 
 /// A device of the driver, opened.
 ///
@@ -213,18 +210,14 @@ impl Device {
     ///
     /// Errors: those of `residency`, and `EINVAL` (not whole pages, or none), `EFAULT` (it leaves user space).
     pub fn residency_range(&self, addr: usize, bytes: usize) -> Result<Residency, Error> {
-        let values = bytes.div_ceil(PAGE_BYTES);
-        let mut places: Vec<u8> = Vec::new();
-        places
-            .try_reserve_exact(values)
-            .map_err(|_| Error::Memory {
-                values,
-                value_bytes: 1,
-                errno: Errno::NOMEM,
-            })?;
-        places.resize(values, 0);
-        look(addr, bytes, &mut places, |argument, piece| {
-            self.file.residency(argument, piece)
+        let mut places = room::<u8>(bytes)?;
+        look(addr, bytes, &mut places, |addr, len, piece| {
+            let mut argument = hmm_gpu_residency {
+                addr,
+                len,
+                ..Default::default()
+            };
+            self.file.residency(&mut argument, piece)
         })
         .map_err(|errno| Error::call(&self.path, Attempt::Residency { addr, bytes }, errno))?;
         self.decode(addr, bytes, &places)
@@ -262,34 +255,6 @@ fn check_version(path: &Path, found: u32) -> Result<(), Error> {
         });
     }
     Ok(())
-}
-
-/// Asks piece by piece, and again where a signal interrupted. At least once, so that the driver judges an empty range too.
-fn look(
-    addr: usize,
-    bytes: usize,
-    places: &mut [u8],
-    mut call: impl FnMut(&mut hmm_gpu_residency, &mut [u8]) -> Result<(), Errno>,
-) -> Result<(), Errno> {
-    let mut done = 0;
-    loop {
-        let len = (bytes - done).min(LOOK_BYTES);
-        let first = done / PAGE_BYTES;
-        let piece = &mut places[first..first + len.div_ceil(PAGE_BYTES)];
-        retry_on_intr(|| {
-            let addr = (addr as u64).wrapping_add(done as u64);
-            let mut argument = hmm_gpu_residency {
-                addr,
-                len: len as u64,
-                ..Default::default()
-            };
-            call(&mut argument, piece)
-        })?;
-        done += len;
-        if done == bytes {
-            return Ok(());
-        }
-    }
 }
 
 #[cfg(test)]
@@ -342,56 +307,5 @@ mod tests {
             check_version(path, 0),
             Err(Error::DriverTooOld { found: 0, .. })
         ));
-    }
-
-    #[test]
-    fn a_long_range_is_looked_at_in_pieces_that_meet() {
-        let (addr, bytes) = (0x7f00_0000_0000, 2 * LOOK_BYTES + PAGE_BYTES);
-        let (look_bytes, page_bytes) = (LOOK_BYTES as u64, PAGE_BYTES as u64);
-        let mut places = vec![0xff; bytes / PAGE_BYTES];
-        let mut asked = vec![];
-        let mut signal = true;
-        look(addr, bytes, &mut places, |argument, piece| {
-            assert_eq!(piece.len() as u64, argument.len / PAGE_BYTES as u64);
-            if std::mem::take(&mut signal) {
-                return Err(Errno::INTR);
-            }
-            piece.fill(u8::try_from(asked.len()).unwrap());
-            asked.push((argument.addr - addr as u64, argument.len));
-            Ok(())
-        })
-        .unwrap();
-        let pieces = [
-            (0, look_bytes),
-            (look_bytes, look_bytes),
-            (2 * look_bytes, page_bytes),
-        ];
-        assert_eq!(asked, pieces);
-        let pages = LOOK_BYTES / PAGE_BYTES;
-        assert_eq!(
-            (
-                places[0],
-                places[pages - 1],
-                places[pages],
-                places[2 * pages]
-            ),
-            (0, 0, 1, 2)
-        );
-    }
-
-    #[test]
-    fn the_driver_judges_ranges_that_are_none() {
-        for (bytes, room) in [(0, 0), (1, 1), (PAGE_BYTES + 1, 2)] {
-            let mut seen = None;
-            let refuse = |argument: &mut hmm_gpu_residency, piece: &mut [u8]| {
-                seen = Some((argument.addr, argument.len, piece.len()));
-                Err(Errno::INVAL)
-            };
-            assert_eq!(
-                look(usize::MAX, bytes, &mut vec![0; room], refuse),
-                Err(Errno::INVAL)
-            );
-            assert_eq!(seen, Some((u64::MAX, bytes as u64, room)));
-        }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::{Bytes, Moved, Target};
+use crate::{Accessed, Bytes, DeviceFault, Moved, Operation, Policy, TableEntry, Target};
 
 /// What can go wrong. The text says what was attempted, with its values, what the system answered, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +76,24 @@ pub enum Error {
         problem: &'static str,
     },
 
+    /// A page that the device wants was not mapped for it.
+    #[error("the device's {fault} was not serviced: {}", fault_reason(*.errno))]
+    Fault {
+        /// What the device wants.
+        fault: DeviceFault,
+        /// The driver's answer.
+        errno: Errno,
+    },
+
+    /// Two slices that must have one length have two.
+    #[error("{from} values cannot be brought to {to}: both must be as many")]
+    Lengths {
+        /// Values in the slice that is read.
+        from: usize,
+        /// Values in the slice that is written to.
+        to: usize,
+    },
+
     /// There is no system memory, or no room in the address space.
     #[error("cannot have {values} values of {value_bytes} bytes: {errno}")]
     Memory {
@@ -114,6 +132,41 @@ pub enum Attempt {
         /// How far it came: this is done and stays so.
         moved: Moved,
     },
+    /// To describe the device page table.
+    Mirror,
+    /// To let the device access memory.
+    Access {
+        /// What it was to do.
+        operation: Operation,
+        /// First byte of the range; of a copy, of the one that is read.
+        addr: usize,
+        /// Its length in bytes.
+        bytes: usize,
+        /// What was to be done with device faults.
+        policy: Policy,
+        /// How far it came.
+        accessed: Accessed,
+        /// Where a device fault ended it.
+        fault_addr: Option<usize>,
+        /// With `EAGAIN`, what the device found there.
+        entry: TableEntry,
+    },
+    /// To service device faults.
+    Fault {
+        /// How many.
+        faults: usize,
+        /// How.
+        policy: Policy,
+        /// Pages that were mapped before it ended.
+        mapped_pages: u64,
+    },
+    /// To tell what is at each page.
+    Snapshot {
+        /// First byte of the range.
+        addr: usize,
+        /// Its length in bytes.
+        bytes: usize,
+    },
 }
 
 impl fmt::Display for Attempt {
@@ -132,6 +185,37 @@ impl fmt::Display for Attempt {
             } => {
                 write!(f, "moving {} at {addr:#x} to {target}", exact(bytes))
             }
+            Attempt::Mirror => f.write_str("describing the device page table"),
+            Attempt::Access {
+                operation,
+                addr,
+                bytes,
+                policy,
+                ..
+            } => {
+                let bytes = exact(bytes);
+                match operation {
+                    Operation::Read => write!(f, "the device's reading {bytes} at {addr:#x}"),
+                    Operation::Write => write!(f, "the device's writing {bytes} at {addr:#x}"),
+                    Operation::Copy { to_addr } => {
+                        write!(
+                            f,
+                            "the device's copying {bytes} at {addr:#x} to {to_addr:#x}"
+                        )
+                    }
+                }?;
+                write!(f, " (policy {policy})")
+            }
+            Attempt::Fault { faults, policy, .. } => {
+                let plural = if faults == 1 { "" } else { "s" };
+                write!(
+                    f,
+                    "servicing {faults} device fault{plural} (policy {policy})"
+                )
+            }
+            Attempt::Snapshot { addr, bytes } => {
+                write!(f, "looking what {} at {addr:#x} are", exact(bytes))
+            }
         }
     }
 }
@@ -140,24 +224,57 @@ impl Error {
     /// The system's or the driver's error number, if there is one.
     pub fn errno(&self) -> Option<Errno> {
         match self {
-            Error::Open { errno, .. } | Error::Call { errno, .. } | Error::Memory { errno, .. } => {
-                Some(*errno)
-            }
+            Error::Open { errno, .. }
+            | Error::Call { errno, .. }
+            | Error::Fault { errno, .. }
+            | Error::Memory { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+
+    /// What was asked of the driver, if it is the driver that refused it, did not finish it, or answered wrongly.
+    pub fn attempt(&self) -> Option<&Attempt> {
+        match self {
+            Error::Call { attempt, .. } | Error::Answer { attempt, .. } => Some(attempt),
             _ => None,
         }
     }
 
     /// How far a move came before it failed. What was moved stays moved.
     pub fn moved(&self) -> Option<Moved> {
+        match self.attempt()? {
+            Attempt::Move { moved, .. } => Some(*moved),
+            _ => None,
+        }
+    }
+
+    /// How far an access of the device came before it failed. What was written stays written.
+    pub fn accessed(&self) -> Option<Accessed> {
+        match self.attempt()? {
+            Attempt::Access { accessed, .. } => Some(*accessed),
+            _ => None,
+        }
+    }
+
+    /// Where a device fault ended an access, or was not serviced.
+    pub fn fault_addr(&self) -> Option<usize> {
+        match self {
+            Error::Fault { fault, .. } => Some(fault.addr),
+            _ => match self.attempt()? {
+                Attempt::Access { fault_addr, .. } => *fault_addr,
+                _ => None,
+            },
+        }
+    }
+
+    /// What the device found in its page table where an access with [`Policy::None`] ended (`EAGAIN`).
+    pub fn table_entry(&self) -> Option<TableEntry> {
         match self {
             Error::Call {
-                attempt: Attempt::Move { moved, .. },
+                attempt: Attempt::Access { entry, .. },
+                errno: Errno::AGAIN,
                 ..
-            }
-            | Error::Answer {
-                attempt: Attempt::Move { moved, .. },
-                ..
-            } => Some(*moved),
+            } => Some(*entry),
             _ => None,
         }
     }
@@ -215,7 +332,25 @@ fn open_reason(errno: Errno) -> String {
 }
 
 fn call_reason(attempt: &Attempt, errno: Errno) -> String {
-    let (why, todo) = match errno {
+    let Some((why, todo)) = attempt_reason(attempt, errno).or_else(|| common_reason(errno)) else {
+        return format!("{errno}{}", progress(attempt));
+    };
+    format!("{why}{}; {todo} ({errno})", progress(attempt))
+}
+
+fn fault_reason(errno: Errno) -> String {
+    match service_reason(errno).or_else(|| common_reason(errno)) {
+        Some((why, todo)) => format!("{why}; {todo} ({errno})"),
+        None => errno.to_string(),
+    }
+}
+
+/// Why, and what to do then.
+type Reason = (&'static str, &'static str);
+
+/// What an error means of any call.
+fn common_reason(errno: Errno) -> Option<Reason> {
+    Some(match errno {
         Errno::NOSPC => (
             "no VRAM left",
             "move other memory back with `Target::System`, or use another device",
@@ -246,14 +381,92 @@ fn call_reason(attempt: &Attempt, errno: Errno) -> String {
             "the driver has no such call",
             "load the hmm_gpu module of the same release",
         ),
-        _ => return format!("{errno}{}", progress(attempt)),
-    };
-    format!("{why}{}; {todo} ({errno})", progress(attempt))
+        _ => return None,
+    })
 }
 
+/// What an error means of this call only.
+fn attempt_reason(attempt: &Attempt, errno: Errno) -> Option<Reason> {
+    match (attempt, errno) {
+        (
+            Attempt::Access {
+                fault_addr: None, ..
+            },
+            Errno::FAULT,
+        ) => Some((
+            "the buffer cannot be read or written, or the range leaves user space",
+            "check addresses and length",
+        )),
+        (Attempt::Access { .. }, Errno::INVAL) => Some((
+            "the driver does not take these values",
+            "there must be a byte at least, the range must not wrap around, and a copy's ranges must not overlap",
+        )),
+        (Attempt::Access { .. }, errno) => service_reason(errno),
+        (Attempt::Fault { .. }, Errno::INVAL) => Some((
+            "the driver does not take these values",
+            "use `Policy::Map` or `Policy::Migrate`",
+        )),
+        (Attempt::Mirror, Errno::NOSPC) => service_reason(errno),
+        _ => None,
+    }
+}
+
+/// What an error means of a device fault.
+fn service_reason(errno: Errno) -> Option<Reason> {
+    Some(match errno {
+        Errno::FAULT => (
+            "nothing is mapped there, or nothing that a device can reach",
+            "check address and length",
+        ),
+        Errno::ACCESS => (
+            "the mapping there does not allow it",
+            "the device may do what the process may: see `mprotect`",
+        ),
+        Errno::AGAIN => (
+            "the device page table has no entry for it",
+            "service it with `Device::fault` and repeat the call, or use `Policy::Map` or `Policy::Migrate`",
+        ),
+        Errno::BUSY => (
+            "the page kept changing its place",
+            "repeat the call when less is going on",
+        ),
+        Errno::NOSPC => (
+            "no VRAM left for the device page table",
+            "move memory back with `Target::System`, or use another device",
+        ),
+        Errno::HWPOISON => (
+            "the memory there is broken, and what was in it is lost",
+            "map new memory there",
+        ),
+        Errno::CANCELED => (
+            "the call ended before it came to this one",
+            "name it again",
+        ),
+        _ => return None,
+    })
+}
+
+/// How far it came, and where it ended.
 fn progress(attempt: &Attempt) -> String {
     match attempt {
         Attempt::Move { moved, .. } => format!(" ({moved} before that)"),
+        Attempt::Access {
+            accessed,
+            fault_addr,
+            entry,
+            ..
+        } => {
+            let at = fault_addr.map_or(String::new(), |addr| format!(" at {addr:#x}"));
+            let found = match entry.bits() {
+                0 => String::new(),
+                _ => format!("found {entry}; "),
+            };
+            format!("{at} ({found}{accessed} before that)")
+        }
+        Attempt::Fault { mapped_pages, .. } => {
+            let plural = if *mapped_pages == 1 { "" } else { "s" };
+            format!(" ({mapped_pages} page{plural} mapped before that)")
+        }
         _ => String::new(),
     }
 }

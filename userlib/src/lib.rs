@@ -21,11 +21,29 @@
 //! # }
 //! ```
 //!
+//! The device has a page table of its own that mirrors the process's. So it follows plain pointers too, and faults where it
+//! has none of a page yet, as the CPU does:
+//!
+//! ```no_run
+//! # use hmm_gpu::{Device, Policy};
+//! # fn main() -> Result<(), hmm_gpu::Error> {
+//! # let device = Device::open_first()?;
+//! let numbers: Vec<u32> = (0..1 << 20).collect();
+//! let mut copy = vec![0; numbers.len()];
+//! let copied = device.copy(&numbers, &mut copy, Policy::Migrate)?; // the device reads and writes, at these addresses
+//! println!("{copied}, {}", device.snapshot(&numbers)?);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # What holds everywhere
 //!
 //! - Moving is invisible: addresses and bytes stay. So it is safe for any memory at any time, and never needed for a
-//!   correct result; it changes speed only. Looking ([`Device::residency`]) moves nothing.
-//! - Lengths are bytes, pages are 4096 bytes, and whole pages move: a slice is rounded outward.
+//!   correct result; it changes speed only. Looking ([`Device::residency`], [`Device::snapshot`]) moves nothing.
+//! - What the device does to memory is bound by Rust's rules for it: it writes where the program could ([`Device::write`]), and
+//!   at a mere address only in an unsafe call ([`Device::write_at`]).
+//! - Lengths are bytes, pages are 4096 bytes, and whole pages move: a slice is rounded outward. What the device reads and writes
+//!   may begin and end at any byte.
 //! - A [`Device`] serves the process that opened it. In a forked child every call on it is an error (`EPERM`); open it anew.
 //! - Nothing here panics on what a driver answers; an answer against the interface is an [`Error`].
 //! - Unsafe code is in the module [`sys`] only, beside the interface's own definition, [`uapi`].
@@ -34,15 +52,20 @@
 #![deny(unsafe_code)]
 #![warn(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+mod access;
 mod counters;
 mod describe;
 mod device;
 mod error;
+mod fault;
+mod look;
 mod map;
+mod mirror;
 mod moving;
 mod range;
 mod residency;
 mod shared;
+mod snapshot;
 #[allow(unsafe_code)]
 pub mod sys;
 // `dead_code`: what only a constant assertion uses counts as unused in Rust 1.85.
@@ -59,12 +82,16 @@ pub mod uapi;
 pub use bytemuck::Pod;
 pub use rustix::io::Errno;
 
+pub use access::{Accessed, Operation, Policy};
 pub use counters::Counters;
 pub use describe::{Capabilities, Description, Form, PciAddress, Source};
 pub use device::Device;
 pub use error::{Attempt, Error};
+pub use fault::{Access, DeviceFault, Faulted};
 pub use map::{Glyphs, Map};
+pub use mirror::{MirrorInfo, TableEntry};
 pub use moving::{Moved, Target};
 pub use range::{Bytes, PageRange};
 pub use residency::{Counts, Page, Place, Residency};
 pub use shared::{Alignment, SharedBuf};
+pub use snapshot::{Mirrored, Snapshot, SnapshotPage};

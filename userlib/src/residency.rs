@@ -56,6 +56,22 @@ impl Page {
             .then_some(Self(byte))
     }
 
+    /// A page at a place.
+    pub(crate) fn new(place: Place, writable: bool) -> Self {
+        let place = match place {
+            Place::None => uapi::HMM_GPU_RESIDENT_NONE,
+            Place::System => uapi::HMM_GPU_RESIDENT_SYSTEM,
+            Place::Device => uapi::HMM_GPU_RESIDENT_DEVICE,
+            Place::OtherDevice => uapi::HMM_GPU_RESIDENT_OTHER_DEVICE,
+        };
+        let writable = if writable {
+            uapi::HMM_GPU_RESIDENT_WRITABLE
+        } else {
+            0
+        };
+        Self(place | writable)
+    }
+
     /// Where it is.
     pub fn place(self) -> Place {
         match self.0 & uapi::HMM_GPU_RESIDENT_MASK {
@@ -91,6 +107,11 @@ impl Residency {
         Some(Self { addr, pages })
     }
 
+    pub(crate) fn from_pages(addr: usize, pages: impl Iterator<Item = Page>) -> Self {
+        let pages = pages.collect();
+        Self { addr, pages }
+    }
+
     /// Address of the first page.
     pub fn addr(&self) -> usize {
         self.addr
@@ -117,13 +138,7 @@ impl Residency {
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         for page in &self.pages {
-            *match page.place() {
-                Place::None => &mut counts.none,
-                Place::System => &mut counts.system,
-                Place::Device => &mut counts.device,
-                Place::OtherDevice => &mut counts.other_device,
-            } += 1;
-            counts.writable += usize::from(page.is_writable());
+            counts.add(page.place(), page.is_writable());
         }
         counts
     }
@@ -156,6 +171,17 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// Counts a page.
+    pub(crate) fn add(&mut self, place: Place, writable: bool) {
+        *match place {
+            Place::None => &mut self.none,
+            Place::System => &mut self.system,
+            Place::Device => &mut self.device,
+            Place::OtherDevice => &mut self.other_device,
+        } += 1;
+        self.writable += usize::from(writable);
+    }
+
     /// Pages in all.
     pub fn total(&self) -> usize {
         self.none + self.system + self.device + self.other_device

@@ -7,7 +7,10 @@ use bytemuck::Pod;
 
 use crate::range::PAGE_BYTES;
 use crate::sys::mapping::Mapping;
-use crate::{Device, Error, Moved, PageRange, Residency, Target};
+use crate::{
+    Access, Device, DeviceFault, Error, Faulted, Moved, PageRange, Policy, Residency, Snapshot,
+    Target,
+};
 
 /// Bytes of a huge page.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -101,6 +104,25 @@ impl<T: Pod> SharedBuf<T> {
     /// Where its pages are: [`Device::residency`].
     pub fn residency(&self, device: &Device) -> Result<Residency, Error> {
         device.residency(self)
+    }
+
+    /// What is at its pages, and what the device page table has for them: [`Device::snapshot`].
+    pub fn snapshot(&self, device: &Device) -> Result<Snapshot, Error> {
+        device.snapshot(self)
+    }
+
+    /// Maps all of it for the device, so that the device does not fault on it: [`Device::fault`] for each of its pages, and an
+    /// error if one was not mapped.
+    pub fn map_for(
+        &self,
+        device: &Device,
+        access: Access,
+        policy: Policy,
+    ) -> Result<Faulted, Error> {
+        let faults: Vec<_> = DeviceFault::each_page(self, access).collect();
+        let faulted = device.fault(&faults, policy)?;
+        faulted.complete()?;
+        Ok(faulted)
     }
 }
 

@@ -4,6 +4,7 @@
 //! driver and for bindings: [`File`] passes a structure to the driver exactly as it is given, once, and hands back the
 //! driver's own error.
 
+mod access;
 pub(crate) mod mapping;
 
 use std::ffi::c_void;
@@ -112,6 +113,137 @@ impl File {
             self.call(
                 uapi::HMM_GPU_RESIDENCY,
                 (argument as *mut uapi::hmm_gpu_residency).cast(),
+            )
+        }
+    }
+
+    /// `MIRROR`.
+    pub fn mirror(&self, argument: &mut uapi::hmm_gpu_mirror) -> Result<(), Errno> {
+        // SAFETY: as in `query`.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_MIRROR,
+                (argument as *mut uapi::hmm_gpu_mirror).cast(),
+            )
+        }
+    }
+
+    /// `ACCESS` that reads into `into`: `op` and `buffer_ptr` of the argument are set here.
+    ///
+    /// Safe for any address: the driver reads only what the process may read, and reading changes nothing but the place of
+    /// pages. Answers `EINVAL` without a call if `into` is shorter than `len`.
+    pub fn access_read(
+        &self,
+        argument: &mut uapi::hmm_gpu_access,
+        into: &mut [u8],
+    ) -> Result<(), Errno> {
+        if (into.len() as u64) < argument.len {
+            return Err(Errno::INVAL);
+        }
+        argument.op = uapi::HMM_GPU_OP_READ;
+        argument.buffer_ptr = into.as_mut_ptr() as u64;
+        // SAFETY: a read writes `len` bytes at `buffer_ptr` and nothing else, which are in `into` by the check above. Should
+        // what it reads lie in `into` too, then it reads bytes of it before or after they are written.
+        unsafe { self.access(argument) }
+    }
+
+    /// `ACCESS` that writes `from` to `to`: `op`, `buffer_ptr`, `addr` and `len` of the argument are set here.
+    ///
+    /// Answers `EINVAL` without a call if the two are not of one length.
+    pub fn access_write(
+        &self,
+        argument: &mut uapi::hmm_gpu_access,
+        to: &mut [u8],
+        from: &[u8],
+    ) -> Result<(), Errno> {
+        if from.len() != to.len() {
+            return Err(Errno::INVAL);
+        }
+        argument.op = uapi::HMM_GPU_OP_WRITE;
+        argument.buffer_ptr = from.as_ptr() as u64;
+        argument.addr = to.as_mut_ptr() as u64;
+        argument.len = to.len() as u64;
+        // SAFETY: a write writes `len` bytes at `addr` and nothing else, which is `to`.
+        unsafe { self.access(argument) }
+    }
+
+    /// `ACCESS` that copies `from` to `to`: `op`, `addr`, `to_addr` and `len` of the argument are set here.
+    ///
+    /// Answers `EINVAL` without a call if the two are not of one length.
+    pub fn access_copy(
+        &self,
+        argument: &mut uapi::hmm_gpu_access,
+        from: &[u8],
+        to: &mut [u8],
+    ) -> Result<(), Errno> {
+        if from.len() != to.len() {
+            return Err(Errno::INVAL);
+        }
+        argument.op = uapi::HMM_GPU_OP_COPY;
+        argument.addr = from.as_ptr() as u64;
+        argument.to_addr = to.as_mut_ptr() as u64;
+        argument.len = to.len() as u64;
+        // SAFETY: a copy writes `len` bytes at `to_addr` and nothing else, which is `to`.
+        unsafe { self.access(argument) }
+    }
+
+    /// `ACCESS` as it is.
+    ///
+    /// # Safety
+    ///
+    /// What the argument lets the driver write must be this process's to change: `len` bytes at `buffer_ptr` for a read, at
+    /// `addr` for a write, at `to_addr` for a copy. An address that cannot be written is safe: the driver answers an error.
+    pub unsafe fn access(&self, argument: &mut uapi::hmm_gpu_access) -> Result<(), Errno> {
+        // SAFETY: as in `query`, and for the rest the caller's promise.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_ACCESS,
+                (argument as *mut uapi::hmm_gpu_access).cast(),
+            )
+        }
+    }
+
+    /// `FAULT` for the first `count` of `faults`, into which it writes what became of them: the `faults_ptr` of the argument is
+    /// set here. Safe for any address: the driver maps for its device what the process has mapped.
+    ///
+    /// Answers `EINVAL` without a call if there are not so many.
+    pub fn fault(
+        &self,
+        argument: &mut uapi::hmm_gpu_fault,
+        faults: &mut [uapi::hmm_gpu_device_fault],
+    ) -> Result<(), Errno> {
+        if (faults.len() as u64) < u64::from(argument.count) {
+            return Err(Errno::INVAL);
+        }
+        argument.faults_ptr = faults.as_mut_ptr() as u64;
+        // SAFETY: as in `query`. The driver also writes to the `count` structures at `faults_ptr`, which are in `faults` by the
+        // check above.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_FAULT,
+                (argument as *mut uapi::hmm_gpu_fault).cast(),
+            )
+        }
+    }
+
+    /// `SNAPSHOT`, into `entries`: the `entries_ptr` of the argument is set here.
+    ///
+    /// Answers `EINVAL` without a call if `entries` has not one word for each page that `len` begins.
+    pub fn snapshot(
+        &self,
+        argument: &mut uapi::hmm_gpu_snapshot,
+        entries: &mut [u64],
+    ) -> Result<(), Errno> {
+        if (entries.len() as u64) < argument.len.div_ceil(uapi::HMM_GPU_PAGE_BYTES) {
+            return Err(Errno::INVAL);
+        }
+        argument.entries_ptr = entries.as_mut_ptr() as u64;
+        // SAFETY: as in `query`. The driver also writes `len / HMM_GPU_PAGE_BYTES` words at `entries_ptr`, which is inside
+        // `entries` by the check above.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_SNAPSHOT,
+                (argument as *mut uapi::hmm_gpu_snapshot).cast(),
             )
         }
     }

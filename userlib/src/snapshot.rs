@@ -1,0 +1,253 @@
+//! What is at each page, and what the device page table has for it.
+
+use std::fmt;
+
+use crate::error::Attempt;
+use crate::look::{look, room};
+use crate::range::PAGE_BYTES;
+use crate::uapi::{self, hmm_gpu_snapshot};
+use crate::{Counts, Device, Error, Page, PageRange, Place, Residency};
+
+/// What was at one page.
+///
+/// # Invariants
+///
+/// It is at one place: not on two devices, and on none if nothing is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct SnapshotPage(u64);
+
+/// What a device page table has for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mirrored {
+    /// The device may write to it.
+    pub writable: bool,
+    /// The entry is for the very page that is there. A driver that keeps its word has no other entries.
+    pub current: bool,
+}
+
+impl SnapshotPage {
+    /// `None` for a word that the interface does not have.
+    fn from_uapi(word: u64) -> Option<Self> {
+        let places = uapi::HMM_GPU_SNAPSHOT_DEVICE | uapi::HMM_GPU_SNAPSHOT_OTHER_DEVICE;
+        let valid = word & uapi::HMM_GPU_SNAPSHOT_VALID != 0;
+        let known = match word & places {
+            0 => true,
+            both if both == places => false,
+            _ => valid,
+        };
+        known.then_some(Self(word))
+    }
+
+    fn has(self, bit: u64) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// The interface's word (`HMM_GPU_SNAPSHOT_*`).
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Where it is.
+    pub fn place(self) -> Place {
+        if !self.has(uapi::HMM_GPU_SNAPSHOT_VALID) {
+            Place::None
+        } else if self.has(uapi::HMM_GPU_SNAPSHOT_DEVICE) {
+            Place::Device
+        } else if self.has(uapi::HMM_GPU_SNAPSHOT_OTHER_DEVICE) {
+            Place::OtherDevice
+        } else {
+            Place::System
+        }
+    }
+
+    /// Whether it can be written there without a further fault. Not so after `fork`, for example, until it is copied.
+    pub fn is_writable(self) -> bool {
+        self.has(uapi::HMM_GPU_SNAPSHOT_VALID) && self.has(uapi::HMM_GPU_SNAPSHOT_WRITABLE)
+    }
+
+    /// Whether it is the kernel's page of zeroes, which all memory shares that was read and never written.
+    pub fn is_zero_page(self) -> bool {
+        self.has(uapi::HMM_GPU_SNAPSHOT_VALID) && self.has(uapi::HMM_GPU_SNAPSHOT_ZERO)
+    }
+
+    /// log2 of the number of pages that it is mapped together with: 0 for a page of its own, 9 for a huge page of 2 MiB.
+    pub fn order(self) -> u32 {
+        let order = self.0 >> uapi::HMM_GPU_SNAPSHOT_ORDER_SHIFT;
+        // CAST: a few bits.
+        (order & uapi::HMM_GPU_SNAPSHOT_ORDER_MASK) as u32
+    }
+
+    /// The number of the page in the device's VRAM, if it is there: it begins at 4096 times that.
+    pub fn vram_page(self) -> Option<u64> {
+        (self.place() == Place::Device).then_some(self.0 >> uapi::HMM_GPU_SNAPSHOT_PAGE_SHIFT)
+    }
+
+    /// What the device page table of the opened device has for it, if that has an entry.
+    pub fn mirrored(self) -> Option<Mirrored> {
+        self.has(uapi::HMM_GPU_SNAPSHOT_MIRRORED).then(|| Mirrored {
+            writable: self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_WRITABLE),
+            current: self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_CURRENT),
+        })
+    }
+}
+
+/// `VRAM page 17, writable, mirrored writable`.
+impl fmt::Display for SnapshotPage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.place())?;
+        if let Some(page) = self.vram_page() {
+            write!(f, " page {page}")?;
+        }
+        if self.is_zero_page() {
+            f.write_str(", zero page")?;
+        }
+        if self.is_writable() {
+            f.write_str(", writable")?;
+        }
+        if self.order() != 0 {
+            write!(f, ", order {}", self.order())?;
+        }
+        if let Some(mirrored) = self.mirrored() {
+            f.write_str(", mirrored")?;
+            if mirrored.writable {
+                f.write_str(" writable")?;
+            }
+            if !mirrored.current {
+                f.write_str(" but stale")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What was at each page of a range, and what the device page table had for it. Shown as one line of counts.
+///
+/// Looking moves nothing. Of each 512 pages (2 MiB, from the start of the range on) all were so at the same moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    addr: usize,
+    pages: Vec<SnapshotPage>,
+}
+
+impl Snapshot {
+    /// `None` if a word is none of the interface's.
+    fn from_uapi(addr: usize, words: &[u64]) -> Option<Self> {
+        let pages = words
+            .iter()
+            .map(|&word| SnapshotPage::from_uapi(word))
+            .collect::<Option<_>>()?;
+        Some(Self { addr, pages })
+    }
+
+    /// Address of the first page.
+    pub fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// The pages, in the order of their addresses.
+    pub fn pages(&self) -> &[SnapshotPage] {
+        &self.pages
+    }
+
+    /// The page that holds the byte at `addr`, if it is in the range.
+    pub fn page_at(&self, addr: usize) -> Option<SnapshotPage> {
+        self.pages
+            .get(addr.checked_sub(self.addr)? / PAGE_BYTES)
+            .copied()
+    }
+
+    /// Whether every page is at `place`. True of no pages.
+    pub fn all(&self, place: Place) -> bool {
+        self.pages.iter().all(|page| page.place() == place)
+    }
+
+    /// Pages that the device page table has.
+    pub fn mirrored_pages(&self) -> usize {
+        self.pages
+            .iter()
+            .filter(|page| page.mirrored().is_some())
+            .count()
+    }
+
+    /// How many pages are where.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        for page in &self.pages {
+            counts.add(page.place(), page.is_writable());
+        }
+        counts
+    }
+
+    /// Where the pages are, without the rest: to be drawn with [`Residency::map`].
+    pub fn residency(&self) -> Residency {
+        let pages = self.pages.iter();
+        Residency::from_pages(
+            self.addr,
+            pages.map(|page| Page::new(page.place(), page.is_writable())),
+        )
+    }
+}
+
+/// `68 pages: 60 VRAM, 8 RAM; 68 mirrored`.
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {} mirrored", self.counts(), self.mirrored_pages())
+    }
+}
+
+impl Device {
+    /// What is at each page that a slice lies on, and what the device page table of this opened device has for it. Moves
+    /// nothing, and populates nothing.
+    ///
+    /// A slice without bytes has no pages and is no call.
+    ///
+    /// Errors: those of [`residency`](Self::residency), and `ENOTTY` (a driver without
+    /// [`Capabilities::MIRROR`](crate::Capabilities::MIRROR)). The answer takes 8 bytes a page.
+    ///
+    /// ```no_run
+    /// use hmm_gpu::{Device, Place, Policy};
+    ///
+    /// # fn main() -> Result<(), hmm_gpu::Error> {
+    /// let device = Device::open_first()?;
+    /// let (data, mut seen) = (vec![7u8; 1 << 20], vec![0; 1 << 20]);
+    /// device.read(&data, &mut seen, Policy::Map)?; // the device faults, and the pages stay where they are
+    /// let snapshot = device.snapshot(&data)?;
+    /// println!("{snapshot}"); // 257 pages: 257 RAM; 257 mirrored
+    /// assert!(snapshot.pages().iter().all(|page| page.mirrored().is_some()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn snapshot<T>(&self, data: &[T]) -> Result<Snapshot, Error> {
+        let range = PageRange::of(data);
+        if range.is_empty() {
+            return self.decode_snapshot(range.addr(), 0, &[]);
+        }
+        self.snapshot_range(range.addr(), range.bytes())
+    }
+
+    /// As [`snapshot`](Self::snapshot), for an address and a length in bytes that reach the driver as they are, in pieces of
+    /// 64 MiB. The driver's `SNAPSHOT`.
+    ///
+    /// Errors: those of `snapshot`, and `EINVAL` (not whole pages, or none), `EFAULT` (it leaves user space).
+    pub fn snapshot_range(&self, addr: usize, bytes: usize) -> Result<Snapshot, Error> {
+        let mut words = room::<u64>(bytes)?;
+        look(addr, bytes, &mut words, |addr, len, piece| {
+            let mut argument = hmm_gpu_snapshot {
+                addr,
+                len,
+                ..Default::default()
+            };
+            self.file().snapshot(&mut argument, piece)
+        })
+        .map_err(|errno| Error::call(self.path(), Attempt::Snapshot { addr, bytes }, errno))?;
+        self.decode_snapshot(addr, bytes, &words)
+    }
+
+    fn decode_snapshot(&self, addr: usize, bytes: usize, words: &[u64]) -> Result<Snapshot, Error> {
+        Snapshot::from_uapi(addr, words).ok_or_else(|| {
+            let attempt = Attempt::Snapshot { addr, bytes };
+            Error::answer(self.path(), attempt, "a page that is at no one place")
+        })
+    }
+}
