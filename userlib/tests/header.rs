@@ -55,18 +55,35 @@ rust_facts! {
         hmm_gpu_counters {
             flags, live_pages, allocated_pages, freed_pages, to_device_pages, populated_pages, to_system_pages,
             fault_back_pages, evicted_pages, cpu_faults, cpu_fault_retries, skipped_pages, vram_failures,
-            system_failures, reserved,
+            system_failures, device_faults, mapped_pages, invalidations, table_pages, device_read_bytes,
+            device_written_bytes,
         }
+        hmm_gpu_mirror { flags, levels, root_offset, nodes, entries, invalidations, reserved }
+        hmm_gpu_access {
+            op, policy, addr, len, buffer_ptr, to_addr, flags, done_bytes, faults, fault_addr, entry, reserved,
+        }
+        hmm_gpu_device_fault { addr, access, status }
+        hmm_gpu_fault { faults_ptr, count, policy, flags, mapped_pages, device_pages, failed_pages, reserved }
+        hmm_gpu_snapshot { addr, len, entries_ptr, flags, reserved }
     }
     constants {
-        HMM_GPU_VERSION HMM_GPU_PAGE_BYTES HMM_GPU_MAX_DEVICES
+        HMM_GPU_VERSION HMM_GPU_PAGE_BYTES HMM_GPU_MAX_DEVICES HMM_GPU_MAX_FAULTS
         HMM_GPU_QUERY HMM_GPU_MIGRATE HMM_GPU_RESIDENCY HMM_GPU_COUNTERS
-        HMM_GPU_CAP_MIGRATE HMM_GPU_CAP_RESIDENCY HMM_GPU_CAP_COUNTERS HMM_GPU_CAP_FAULT_BACK
+        HMM_GPU_MIRROR HMM_GPU_ACCESS HMM_GPU_FAULT HMM_GPU_SNAPSHOT
+        HMM_GPU_CAP_MIGRATE HMM_GPU_CAP_RESIDENCY HMM_GPU_CAP_COUNTERS HMM_GPU_CAP_FAULT_BACK HMM_GPU_CAP_MIRROR
         HMM_GPU_SOURCE_SOFT HMM_GPU_SOURCE_PCI
         HMM_GPU_FORM_ADD HMM_GPU_FORM_ADD_RESOURCE
         HMM_GPU_TARGET_SYSTEM HMM_GPU_TARGET_DEVICE
         HMM_GPU_RESIDENT_NONE HMM_GPU_RESIDENT_SYSTEM HMM_GPU_RESIDENT_DEVICE HMM_GPU_RESIDENT_OTHER_DEVICE
         HMM_GPU_RESIDENT_MASK HMM_GPU_RESIDENT_WRITABLE
+        HMM_GPU_PTE_VALID HMM_GPU_PTE_WRITABLE HMM_GPU_PTE_SYSTEM HMM_GPU_PTE_REQUESTED
+        HMM_GPU_PTE_OFFSET_MASK HMM_GPU_PTE_LEVEL_BITS
+        HMM_GPU_OP_READ HMM_GPU_OP_WRITE HMM_GPU_OP_COPY
+        HMM_GPU_POLICY_MAP HMM_GPU_POLICY_MIGRATE HMM_GPU_POLICY_NONE
+        HMM_GPU_ACCESS_READ HMM_GPU_ACCESS_WRITE
+        HMM_GPU_SNAPSHOT_VALID HMM_GPU_SNAPSHOT_WRITABLE HMM_GPU_SNAPSHOT_DEVICE HMM_GPU_SNAPSHOT_OTHER_DEVICE
+        HMM_GPU_SNAPSHOT_ZERO HMM_GPU_SNAPSHOT_MIRRORED HMM_GPU_SNAPSHOT_MIRROR_WRITABLE HMM_GPU_SNAPSHOT_MIRROR_CURRENT
+        HMM_GPU_SNAPSHOT_ORDER_SHIFT HMM_GPU_SNAPSHOT_ORDER_MASK HMM_GPU_SNAPSHOT_PAGE_SHIFT
     }
 }
 
@@ -113,7 +130,16 @@ impl<'a> Names<'a> {
         names
     }
 
-    /// A C program that prints all facts. Each structure's call is the constant of the same name.
+    /// The structures that are a call's, with the constant of the call: it has the same name.
+    fn calls(&self) -> impl Iterator<Item = (&'a str, String)> + '_ {
+        let calls = self
+            .structs
+            .iter()
+            .map(|&(name, _)| (name, name.to_uppercase()));
+        calls.filter(|(_, call)| self.constants.contains(&call.as_str()))
+    }
+
+    /// A C program that prints all facts.
     fn c_program(&self) -> String {
         let mut lines = String::new();
         let mut fact = |name: &str, value: &str| {
@@ -139,7 +165,8 @@ impl<'a> Names<'a> {
                     &format!("sizeof(((struct {name} *)0)->{field})"),
                 );
             }
-            let call = name.to_uppercase();
+        }
+        for (name, call) in self.calls() {
             fact(
                 &format!("ioctl {call}"),
                 &format!("_IOWR(0xE8, {call} & 0xff, struct {name})"),
@@ -238,15 +265,15 @@ fn c_facts(names: &Names, folder: &Path) -> Facts {
 fn the_header_says_what_the_rust_definition_says() {
     let names = Names::parse(UAPI);
     assert!(
-        names.structs.len() >= 4 && names.constants.len() >= 23,
+        names.structs.len() >= 9 && names.constants.len() >= 54,
         "uapi.rs is not parsed"
     );
+    assert!(names.calls().count() >= 8, "uapi.rs is not parsed");
     let folder = Folder::new("header");
     let header = std::fs::read_to_string(header(&folder.0)).unwrap();
 
     let mut c = c_facts(&names, &folder.0);
-    for (name, _) in &names.structs {
-        let call = name.to_uppercase();
+    for (name, call) in names.calls() {
         let number = c.remove(&format!("ioctl {call}")).unwrap();
         assert_eq!(
             c.get(&call),
@@ -289,11 +316,7 @@ fn the_header_says_what_the_rust_definition_says() {
 fn no_two_calls_have_one_number() {
     let names = Names::parse(UAPI);
     let facts = rust_facts();
-    let calls: Vec<u64> = names
-        .structs
-        .iter()
-        .map(|(name, _)| facts[&name.to_uppercase()] & 0xff)
-        .collect();
+    let calls: Vec<u64> = names.calls().map(|(_, call)| facts[&call] & 0xff).collect();
     assert_eq!(
         calls.iter().collect::<BTreeSet<_>>().len(),
         calls.len(),

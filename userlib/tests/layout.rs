@@ -1,10 +1,14 @@
-//! The interface's structures, byte for byte, as version 1 fixed them: programs built against it must go on working.
+//! The interface's structures, byte for byte, as the version that brought them fixed them: programs built against it must go
+//! on working.
 //!
 //! Catches a field that moved, changed its size, or was put anywhere but at the end.
 
 use std::mem::offset_of;
 
-use hmm_gpu::uapi::{hmm_gpu_counters, hmm_gpu_migrate, hmm_gpu_query, hmm_gpu_residency};
+use hmm_gpu::uapi::{
+    hmm_gpu_access, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_migrate,
+    hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+};
 
 /// Asserts where each field begins. Fields follow each other without gaps, so this fixes their sizes too.
 macro_rules! layout {
@@ -39,10 +43,40 @@ fn residency_is_as_version_1_fixed_it() {
         addr at 0, len at 8, bytes_ptr at 16, flags at 24, reserved at 32);
 }
 
+/// Version 2 put six fields where version 1 had six reserved words.
 #[test]
-fn counters_are_as_version_1_fixed_them() {
+fn counters_are_as_versions_1_and_2_fixed_them() {
     layout!(hmm_gpu_counters: 160 bytes,
         flags at 0, live_pages at 8, allocated_pages at 16, freed_pages at 24, to_device_pages at 32,
         populated_pages at 40, to_system_pages at 48, fault_back_pages at 56, evicted_pages at 64, cpu_faults at 72,
-        cpu_fault_retries at 80, skipped_pages at 88, vram_failures at 96, system_failures at 104, reserved at 112);
+        cpu_fault_retries at 80, skipped_pages at 88, vram_failures at 96, system_failures at 104,
+        device_faults at 112, mapped_pages at 120, invalidations at 128, table_pages at 136, device_read_bytes at 144,
+        device_written_bytes at 152);
+}
+
+#[test]
+fn mirror_is_as_version_2_fixed_it() {
+    layout!(hmm_gpu_mirror: 80 bytes,
+        flags at 0, levels at 4, root_offset at 8, nodes at 16, entries at 24, invalidations at 32, reserved at 40);
+}
+
+#[test]
+fn access_is_as_version_2_fixed_it() {
+    layout!(hmm_gpu_access: 96 bytes,
+        op at 0, policy at 4, addr at 8, len at 16, buffer_ptr at 24, to_addr at 32, flags at 40, done_bytes at 48,
+        faults at 56, fault_addr at 64, entry at 72, reserved at 80);
+}
+
+#[test]
+fn fault_is_as_version_2_fixed_it() {
+    layout!(hmm_gpu_fault: 64 bytes,
+        faults_ptr at 0, count at 8, policy at 12, flags at 16, mapped_pages at 24, device_pages at 32, failed_pages at 40,
+        reserved at 48);
+    layout!(hmm_gpu_device_fault: 16 bytes, addr at 0, access at 8, status at 12);
+}
+
+#[test]
+fn snapshot_is_as_version_2_fixed_it() {
+    layout!(hmm_gpu_snapshot: 48 bytes,
+        addr at 0, len at 8, entries_ptr at 16, flags at 24, reserved at 32);
 }
