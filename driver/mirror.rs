@@ -18,8 +18,8 @@ use crate::{
     migration::{Progress, Request, Target},
     radix::Home,
     sys::{
-        self,
         mapping::{Mapping, Written},
+        sort::sort_pairs,
     },
     uapi::{self, hmm_gpu_device_fault, HMM_GPU_PAGE_BYTES},
 };
@@ -372,7 +372,7 @@ impl<'b> Batch<'b> {
             fault.status = kernel::bindings::ECANCELED;
             order.push([fault.addr / HMM_GPU_PAGE_BYTES, i], GFP_KERNEL_ACCOUNT)?;
         }
-        sys::sort(&mut order);
+        sort_pairs(&mut order);
         Ok(Self {
             faults,
             order,

@@ -1,18 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Safe abstractions over what else the kernel crate lacks: memory that the CPU reaches VRAM
-//! through, PCI BARs, device nodes, and lending something that will be taken away.
+//! through, PCI BARs, device nodes, sorting, and lending something that will be taken away.
 
 pub(crate) mod gate;
 pub(crate) mod mapping;
 pub(crate) mod node;
 pub(crate) mod pci;
-
-/// Sorts (`sort`). That of `core` has paths that panic.
-pub(crate) fn sort(pairs: &mut [[u64; 2]]) {
-    // SAFETY: The array is ours alone.
-    unsafe { bindings::hmm_gpu_sort_pairs(pairs.as_mut_ptr(), pairs.len()) };
-}
+pub(crate) mod sort;
 
 /// The kernel's own, as bindgen gives them: those of the kernel crate, and those that it lacks.
 #[allow(

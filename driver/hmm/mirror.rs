@@ -503,12 +503,12 @@ impl<T: Table> Mirror<T> {
             Some(index) => Page::Device {
                 offset: index * PAGE_BYTES + offset,
             },
-            // SAFETY: System memory, by the type invariants, so it is directly mapped, and the
-            // offset is inside the page.
-            None => Page::System {
-                bytes: unsafe { bindings::hmm_gpu_pfn_address(pfn).cast::<u8>().add(offset) },
-                pfn,
-            },
+            None => {
+                // SAFETY: System memory, by the type invariants, so it is directly mapped, and the
+                // offset is inside the page.
+                let bytes = unsafe { bindings::hmm_gpu_pfn_address(pfn).cast::<u8>().add(offset) };
+                Page::System { bytes, pfn }
+            }
         };
         then(page).map(Ok)
     }
