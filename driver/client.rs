@@ -200,7 +200,7 @@ impl Client {
             {
                 let lock = ReadLocked::new(mm)?;
                 let map = self.gate.enter()?;
-                mirror.snapshot(&lock, at, seen, |i, seen, entry| {
+                mirror.snapshot(&lock, &map, at, seen, |i, seen, entry| {
                     if let Some(place) = answers.get_mut(i) {
                         *place = answer(&map, seen, entry);
                     }
@@ -218,8 +218,13 @@ impl Client {
         let shape = {
             let made = self.mirror(mm)?;
             let map = self.gate.enter()?;
-            made.root(&map)?;
-            made.shape()
+            loop {
+                match made.root(&map) {
+                    Err(error) if error == EAGAIN => map.data().sleep.wait()?,
+                    result => break result?,
+                }
+            }
+            made.shape(&map)
         };
         mirror.levels = shape.levels;
         mirror.root_offset = shape.root.ok_or(ENOSPC)?;
@@ -258,7 +263,10 @@ impl Client {
                         // What was read and did not arrive is not done.
                         match user.writer().write_slice(bytes) {
                             Ok(()) => (read, result),
-                            Err(error) => (0, Err(error)),
+                            Err(error) => {
+                                engine.forget_miss();
+                                (0, Err(error))
+                            }
                         }
                     } else {
                         match user.reader().read_slice(bytes) {

@@ -14,6 +14,7 @@ use crate::{
         PAGE_BYTES,
     },
     migration::{move_to_system, Cause, Scratch},
+    sleep::Sleep,
     uapi,
     vram::Vram,
 };
@@ -45,6 +46,8 @@ pub(crate) struct DeviceMemory {
     #[pin]
     pub(crate) alloc: Allocator,
     pub(crate) counters: Counters,
+    #[pin]
+    pub(crate) sleep: Sleep,
     #[cfg(CONFIG_KASAN)]
     poison: crate::poison::Poison,
 }
@@ -63,6 +66,7 @@ impl DeviceMemory {
             vram,
             alloc <- alloc,
             counters: Counters::new(),
+            sleep <- Sleep::new(),
         })
     }
 
@@ -86,6 +90,12 @@ impl DeviceMemory {
         #[cfg(CONFIG_KASAN)]
         self.poison.put(&self.vram, index, order);
         self.alloc.give_back(index, order);
+    }
+
+    /// What free VRAM holds is not known any more.
+    #[cfg(CONFIG_KASAN)]
+    pub(crate) fn forget_poison(&self) {
+        self.poison.forget();
     }
 
     /// The answer to `QUERY`.
@@ -188,7 +198,7 @@ impl Ops for DeviceMemory {
 
 /// Tries once to move each live page to system memory, until there is no memory for one. Returns
 /// how many have moved.
-fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
+pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
     let Ok(mut scratch) = Scratch::new() else {
         return 0;
     };

@@ -6,7 +6,7 @@
 
 use crate::{
     alloc::{Allocator, BLOCK_BYTES},
-    client::Client,
+    client::{Client, MemoryGate},
     devmem::{DeviceMemory, Identity},
     hmm::pagemap::{Form, PageMap, Parent, Registered},
     sys::{
@@ -16,7 +16,7 @@ use crate::{
     units::Unit,
     vram::Vram,
 };
-use kernel::prelude::*;
+use kernel::{prelude::*, sync::Arc};
 
 /// A device that is in use. `D` is, or owns, what it is bound to.
 ///
@@ -77,6 +77,11 @@ impl<D: Parent> Gpu<D> {
             memory,
             unit,
         })
+    }
+
+    /// The way to the device's memory.
+    pub(crate) fn gate(&self) -> &Arc<MemoryGate> {
+        self.memory.gate()
     }
 
     /// Makes the device node.

@@ -19,6 +19,7 @@ mod pci;
 #[cfg(CONFIG_KASAN)]
 mod poison;
 mod radix;
+mod sleep;
 mod soft;
 mod sys;
 // The user side uses what is not used here.

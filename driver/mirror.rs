@@ -10,7 +10,7 @@ use crate::{
     client::MemoryGate,
     devmem::DeviceMemory,
     hmm::{
-        mirror::{Access, Mirror, Miss, Seen, Table},
+        mirror::{Access, Mapped, Mirror, Miss, Seen, Table},
         pagemap::PageMap,
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -74,6 +74,10 @@ impl Table for DeviceMemory {
 
     fn store(&self) -> &Mapping {
         &self.vram
+    }
+
+    fn epoch(&self) -> u64 {
+        self.sleep.epoch()
     }
 
     fn home(gate: &Arc<MemoryGate>, map: &PageMap<Self>) -> Result<TablePage> {
@@ -256,10 +260,14 @@ impl<'a> Service<'a> {
     fn map(&mut self, base: usize) -> Result {
         {
             let map = self.gate.enter()?;
-            if let Err(error) = self.mirror.prepare(&map, base) {
-                drop(map);
-                self.fail_wanted(error);
-                return Ok(());
+            match self.mirror.prepare(&map, base) {
+                Ok(()) => (),
+                Err(error) if error == EAGAIN => return map.data().sleep.wait(),
+                Err(error) => {
+                    drop(map);
+                    self.fail_wanted(error);
+                    return Ok(());
+                }
             }
         }
         let Some((first, _, _)) = self.next_run(0) else {
@@ -281,9 +289,13 @@ impl<'a> Service<'a> {
                 Page::Wanted(access) => Some(access),
                 _ => None,
             },
-            |i, device| {
+            |i, mapped| {
                 if let Some(page) = pages.get(i) {
-                    page.set(Page::Mapped { device });
+                    page.set(match mapped {
+                        Mapped::Device => Page::Mapped { device: true },
+                        Mapped::System => Page::Mapped { device: false },
+                        Mapped::Never => Page::Failed(EFAULT),
+                    });
                 }
             },
         );
@@ -508,6 +520,12 @@ impl<'a> Engine<'a> {
             service: None,
             accessed: Accessed::default(),
         }
+    }
+
+    /// It was not a miss that ended the access.
+    pub(crate) fn forget_miss(&mut self) {
+        self.accessed.fault_addr = 0;
+        self.accessed.word = 0;
     }
 
     /// Does an operation on the bytes from `addr` on, of an access that goes on until `end`. Returns

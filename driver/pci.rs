@@ -8,7 +8,11 @@ use crate::{
     alloc::BLOCK_BYTES,
     gpu::{Gpu, Step},
     hmm::pagemap::Form,
-    sys::pci::{address, largest_prefetchable, Bar, Enabled},
+    sleep::Sleepy,
+    sys::{
+        pci::{address, largest_prefetchable, Bar, Enabled},
+        sleep::SleepNotifier,
+    },
     units::Unit,
     vram::Vram,
 };
@@ -30,6 +34,8 @@ kernel::pci_device_table!(
 
 /// A bound device.
 pub(crate) struct PciGpu<'bound> {
+    // Dropped before the memory that it lets sleep.
+    _sleep: Pin<KBox<SleepNotifier<Sleepy>>>,
     _gpu: Gpu<&'bound pci::Device<Bound>>,
     // Dropped after all that uses the BAR.
     _enabled: Enabled,
@@ -53,8 +59,11 @@ impl<'bound> PciGpu<'bound> {
     fn new(pdev: &'bound pci::Device<Core<'_>>) -> Result<Self> {
         let enabled = Enabled::new(pdev)?;
         crate::fail_after(Step::Enable)?;
+        let gpu = new_gpu(pdev)?;
+        let gate = gpu.gate().clone();
         Ok(Self {
-            _gpu: new_gpu(pdev)?,
+            _sleep: KBox::try_pin_init(SleepNotifier::new(Sleepy { gate }), GFP_KERNEL)?,
+            _gpu: gpu,
             _enabled: enabled,
         })
     }

@@ -28,6 +28,13 @@ impl Poison {
         Ok(Self { filled })
     }
 
+    /// None has been, as far as is known.
+    pub(crate) fn forget(&self) {
+        self.filled
+            .iter()
+            .for_each(|filled| filled.store(false, Relaxed));
+    }
+
     fn pages(&self, index: usize, order: u32) -> impl Iterator<Item = (usize, &Atomic<bool>)> {
         self.filled.iter().enumerate().skip(index).take(1 << order)
     }

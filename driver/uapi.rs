@@ -320,7 +320,8 @@ pub const HMM_GPU_POLICY_NONE: u32 = 2;
 /// it: writing to what can only be read, or anything to what cannot be read), `EAGAIN` (policy
 /// `NONE`: the table has no entry for `fault_addr`), `EBUSY` (the page at `fault_addr` changed place
 /// too often), `ENOSPC` (no VRAM for the table), `ENOMEM`, `EHWPOISON` (the memory at `fault_addr`
-/// is broken), `EINTR` (a signal came), `ENODEV`, `EPERM`.
+/// turned out to be broken; where the kernel knew before, it is `EFAULT`), `EINTR` (a signal came),
+/// `ENODEV`, `EPERM`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -419,7 +420,7 @@ pub const HMM_GPU_SNAPSHOT_WRITABLE: u64 = 0x2;
 pub const HMM_GPU_SNAPSHOT_DEVICE: u64 = 0x4;
 /// It is in the VRAM of another device of this driver.
 pub const HMM_GPU_SNAPSHOT_OTHER_DEVICE: u64 = 0x8;
-/// It is the kernel's page of zeroes.
+/// It is the kernel's page of zeroes, the one of 4 KiB: the huge one is not told from other memory.
 pub const HMM_GPU_SNAPSHOT_ZERO: u64 = 0x10;
 /// The file's device page table has a valid entry for the page.
 pub const HMM_GPU_SNAPSHOT_MIRRORED: u64 = 0x20;

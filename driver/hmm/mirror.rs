@@ -34,7 +34,10 @@ use kernel::{
     mm::MmWithUser,
     new_mutex,
     prelude::*,
-    sync::{Arc, Mutex},
+    sync::{
+        lock::{mutex::MutexBackend, Guard},
+        Arc, Mutex,
+    },
     types::Opaque,
 };
 
@@ -54,6 +57,9 @@ pub(crate) trait Table: Ops {
     /// The device's memory, of which page `i` of the page map is page `i`.
     fn store(&self) -> &Mapping;
 
+    /// Changes when what is in the device's memory is lost; odd as long as none can be used.
+    fn epoch(&self) -> u64;
+
     /// A home for a node: a page of the device's memory, all zero.
     fn home(gate: &Arc<Gate<PageMap<Self>>>, map: &PageMap<Self>) -> Result<Self::Home>;
 
@@ -69,7 +75,20 @@ struct State<T: Table> {
     /// An entry of the driver's copy is what was [`Seen`] there: a page frame number and the flags
     /// `VALID` and `WRITE`.
     tree: Tree<T::Home>,
+    /// The epoch in which the tree was begun: in another, the device's copy is lost.
+    epoch: u64,
     invalidations: u64,
+}
+
+impl<T: Table> State<T> {
+    /// Forgets the tree, if it is of the past.
+    fn renew(&mut self, map: &PageMap<T>) {
+        let epoch = map.data().epoch();
+        if self.epoch != epoch {
+            self.epoch = epoch;
+            self.tree = Tree::new(user_end());
+        }
+    }
 }
 
 /// An address space as one device sees it.
@@ -101,6 +120,17 @@ pub(crate) enum Access {
     Read,
     /// Writing, and reading.
     Write,
+}
+
+/// Where a page is that [`Mirror::map`] was asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mapped {
+    /// In the memory of the device, with an entry.
+    Device,
+    /// In system memory, with an entry.
+    System,
+    /// Where the device can never reach it: memory without a direct mapping (`memfd_secret`).
+    Never,
 }
 
 /// A device's access that ended for want of an entry that allows it.
@@ -138,6 +168,7 @@ impl<T: Table> Mirror<T> {
             gate,
             state <- new_mutex!(State {
                 tree: Tree::new(user_end()),
+                epoch: 0,
                 invalidations: 0,
             }),
             // Last, since from here on the kernel calls. There are no entries yet.
@@ -185,7 +216,8 @@ impl<T: Table> Mirror<T> {
         // SAFETY: The kernel calls this for a registered notifier, between its own start and end,
         // and the lock is held that those who read the number hold.
         unsafe { bindings::hmm_gpu_mmu_interval_set_seq(raw, seq) };
-        let store = map.as_ref().map(|map| map.data().store());
+        let current = map.as_ref().filter(|map| map.data().epoch() == state.epoch);
+        let store = current.map(|map| map.data().store());
         if state.tree.clear(start, end, store) > 0 {
             state.invalidations += 1;
             if let Some(map) = &map {
@@ -196,6 +228,13 @@ impl<T: Table> Mirror<T> {
             }
         }
         true
+    }
+
+    /// Takes the lock, to use the tree.
+    fn lock(&self, map: &PageMap<T>) -> Guard<'_, State<T>, MutexBackend> {
+        let mut state = self.state.lock();
+        state.renew(map);
+        state
     }
 
     /// Looks at `seen.len()` pages from `start` on, with the mmap lock held. Nothing is faulted in.
@@ -247,11 +286,12 @@ impl<T: Table> Mirror<T> {
     pub(crate) fn snapshot(
         &self,
         lock: &ReadLocked<'_>,
+        map: &PageMap<T>,
         start: usize,
         seen: &mut [Seen],
         mut visit: impl FnMut(usize, Seen, Option<Seen>),
     ) -> Result {
-        self.when_stable(lock, start, seen, |state, seen| {
+        self.when_stable(lock, map, start, seen, |state, seen| {
             for (i, seen) in seen.iter().enumerate() {
                 let entry = state.tree.get(start + i * PAGE_BYTES);
                 // CAST: An entry is a word.
@@ -265,6 +305,7 @@ impl<T: Table> Mirror<T> {
     fn when_stable<R>(
         &self,
         lock: &ReadLocked<'_>,
+        map: &PageMap<T>,
         start: usize,
         seen: &mut [Seen],
         then: impl FnOnce(&mut State<T>, &[Seen]) -> Result<R>,
@@ -273,7 +314,7 @@ impl<T: Table> Mirror<T> {
 
         for _ in 0..ATTEMPTS {
             let seq = self.look_once(lock, start, seen)?;
-            let mut state = self.state.lock();
+            let mut state = self.lock(map);
             // SAFETY: The notifier is registered and the lock is held.
             if !unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), seq) } {
                 return then(&mut state, seen);
@@ -324,27 +365,43 @@ impl<T: Table> Mirror<T> {
     }
 
     /// Has the device page table have a root.
+    ///
+    /// Fails with `EAGAIN` as long as the device's memory cannot be used, with `ENOMEM`, and as
+    /// [`Table::home`].
     pub(crate) fn root(&self, map: &PageMap<T>) -> Result {
-        let top = {
-            let state = self.state.lock();
-            if state.tree.root().is_some() {
+        loop {
+            let (root, epoch, levels) = {
+                let state = self.lock(map);
+                (state.tree.root(), state.epoch, state.tree.levels())
+            };
+            if root.is_some() {
                 return Ok(());
             }
-            state.tree.levels() - 1
-        };
-        let root = Node::new(T::home(&self.gate, map)?, top, GFP_KERNEL_ACCOUNT)?;
-        self.state.lock().tree.plant(root);
-        Ok(())
+            if epoch % 2 != 0 {
+                return Err(EAGAIN);
+            }
+            let home = T::home(&self.gate, map)?;
+            let node = Node::new(home, levels - 1, GFP_KERNEL_ACCOUNT)?;
+            let mut state = self.lock(map);
+            if state.epoch == epoch {
+                state.tree.plant(node);
+            }
+        }
     }
 
-    /// Has the device page table have nodes for the 2 MiB that `addr` is in.
+    /// Has the device page table have nodes for the 2 MiB that `addr` is in. Fails as
+    /// [`Mirror::root`].
     ///
     /// They may be gone again when something was unmapped there since.
     pub(crate) fn prepare(&self, map: &PageMap<T>, addr: usize) -> Result {
         loop {
-            let (missing, retired) = {
-                let mut state = self.state.lock();
-                (state.tree.missing(addr), state.tree.take_retired())
+            let (missing, epoch, retired) = {
+                let mut state = self.lock(map);
+                (
+                    state.tree.missing(addr),
+                    state.epoch,
+                    state.tree.take_retired(),
+                )
             };
             // Not under the lock: this gives back memory.
             if let Some(node) = retired {
@@ -354,9 +411,13 @@ impl<T: Table> Mirror<T> {
             if missing == 0 {
                 return Ok(());
             }
+            if epoch % 2 != 0 {
+                return Err(EAGAIN);
+            }
             let mut spare = Spare::new(missing, GFP_KERNEL_ACCOUNT, || T::home(&self.gate, map))?;
-            let mut state = self.state.lock();
-            if state.tree.missing(addr) <= missing {
+            let mut state = self.lock(map);
+            // What was made may have been lost, or be too little by now.
+            if state.epoch == epoch && state.tree.missing(addr) <= missing {
                 state.tree.grow(addr, &mut spare, map.data().store())?;
             }
             drop(state);
@@ -365,7 +426,7 @@ impl<T: Table> Mirror<T> {
 
     /// Looks at pages, with the mmap lock held, and makes entries for those that are there for what
     /// is wanted of them: in system memory, or in the memory of the device. `done` is called with
-    /// the number of each, and whether it is in the memory of the device. Nothing is faulted in.
+    /// the number of each, and of those that the device can never have. Nothing is faulted in.
     ///
     /// All of them are in the same 2 MiB. Without nodes for those (see [`Mirror::prepare`]) nothing
     /// is done.
@@ -376,11 +437,11 @@ impl<T: Table> Mirror<T> {
         start: usize,
         seen: &mut [Seen],
         wanted: impl Fn(usize) -> Option<Access>,
-        mut done: impl FnMut(usize, bool),
+        mut done: impl FnMut(usize, Mapped),
     ) -> Result {
         let store = map.data().store();
         let mut mapped = 0;
-        self.when_stable(lock, start, seen, |state, seen| {
+        self.when_stable(lock, map, start, seen, |state, seen| {
             if state.tree.missing(start) > 0 {
                 return Ok(());
             }
@@ -394,10 +455,15 @@ impl<T: Table> Mirror<T> {
                 let word = word(map, pfn, seen.is_writable());
                 // SAFETY: What was seen is true, so the page is mapped and cannot go while the lock
                 // is held.
-                if !unsafe { may_map(word, pfn) } {
-                    continue;
+                match unsafe { prepare_page(word, pfn) } {
+                    Prepared::Ready => (),
+                    Prepared::Elsewhere => continue,
+                    Prepared::Never => {
+                        done(i, Mapped::Never);
+                        continue;
+                    }
                 }
-                // INVARIANT: As just seen; `may_map` has checked the rest.
+                // INVARIANT: As just seen; `prepare_page` has checked the rest.
                 // CAST: A word.
                 let entry = (seen.0 & (VALID | WRITE) | pfn) as u64;
                 let addr = start + i * PAGE_BYTES;
@@ -405,7 +471,15 @@ impl<T: Table> Mirror<T> {
                     state.tree.set(addr, entry, word, store)?;
                     mapped += 1;
                 }
-                done(i, word & HMM_GPU_PTE_SYSTEM == 0);
+                let system = word & HMM_GPU_PTE_SYSTEM != 0;
+                done(
+                    i,
+                    if system {
+                        Mapped::System
+                    } else {
+                        Mapped::Device
+                    },
+                );
             }
             Written::wait();
             Ok(())
@@ -472,7 +546,7 @@ impl<T: Table> Mirror<T> {
         if len > PAGE_BYTES - offset {
             return Err(EINVAL);
         }
-        let state = self.state.lock();
+        let state = self.lock(map);
         let store = map.data().store();
         let Some(root) = state.tree.root() else {
             return Ok(Err(Miss { word: 0 }));
@@ -514,8 +588,8 @@ impl<T: Table> Mirror<T> {
     }
 
     /// What the device page table is now.
-    pub(crate) fn shape(&self) -> Shape {
-        let state = self.state.lock();
+    pub(crate) fn shape(&self, map: &PageMap<T>) -> Shape {
+        let state = self.lock(map);
         Shape {
             levels: state.tree.levels(),
             root: state.tree.root(),
@@ -540,16 +614,29 @@ fn word<T: Ops>(map: &PageMap<T>, pfn: usize, writable: bool) -> u64 {
     }
 }
 
-/// Whether the device may have an entry that says `word` for page `pfn`, which is then told so.
+/// Whether the device may have an entry for a page.
+enum Prepared {
+    /// It may.
+    Ready,
+    /// The page is on another device.
+    Elsewhere,
+    /// Nobody but the process may have the page.
+    Never,
+}
+
+/// Prepares page `pfn` for an entry that says `word`.
 ///
 /// # Safety
 ///
 /// The page is mapped in an address space, and stays so during the call.
-unsafe fn may_map(word: u64, pfn: usize) -> bool {
+unsafe fn prepare_page(word: u64, pfn: usize) -> Prepared {
     if word & HMM_GPU_PTE_SYSTEM != 0 {
-        // Not the page of another device, nor one that is kept secret from the kernel.
         // SAFETY: The page is mapped, so it is valid.
-        return unsafe { bindings::hmm_gpu_is_readable(pfn) };
+        return match unsafe { bindings::hmm_gpu_reach(pfn) } {
+            bindings::hmm_gpu_reach_HMM_GPU_READABLE => Prepared::Ready,
+            bindings::hmm_gpu_reach_HMM_GPU_DEVICE => Prepared::Elsewhere,
+            _ => Prepared::Never,
+        };
     }
     if word & HMM_GPU_PTE_WRITABLE != 0 {
         // The device writes to its memory when it likes: so the content is not to be dropped as one
@@ -557,7 +644,7 @@ unsafe fn may_map(word: u64, pfn: usize) -> bool {
         // SAFETY: As above.
         unsafe { bindings::hmm_gpu_mark_dirty(pfn) };
     }
-    true
+    Prepared::Ready
 }
 
 /// Where the device accesses memory.
@@ -605,7 +692,7 @@ impl Seen {
         (self.0 >> ORDER_SHIFT) & 0x1f
     }
 
-    /// Whether it is the kernel's page of zeroes.
+    /// Whether it is the kernel's page of zeroes, of the base page size.
     pub(crate) fn is_zero_page(self) -> bool {
         self.pfn()
             // SAFETY: Always fine to call.

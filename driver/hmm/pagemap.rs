@@ -110,6 +110,7 @@ pub(crate) struct PageMap<T: Ops> {
     raw: Opaque<bindings::dev_pagemap>,
     first_pfn: Atomic<usize>,
     closed: Atomic<bool>,
+    paused: Atomic<bool>,
     state: KVVec<Atomic<i8>>,
     #[pin]
     data: T,
@@ -141,6 +142,7 @@ impl<T: Ops> PageMap<T> {
                 raw: Opaque::zeroed(),
                 first_pfn: Atomic::new(0),
                 closed: Atomic::new(false),
+                paused: Atomic::new(false),
                 state,
                 data <- data,
             }),
@@ -172,7 +174,8 @@ impl<T: Ops> PageMap<T> {
     /// Makes a folio of the `1 << order` pages from `index` on (`zone_device_folio_init`).
     ///
     /// Fails with `EINVAL` if there are no such pages or `index` is not aligned to the folio's
-    /// size, with `EBUSY` if one of them is in use, and with `ENODEV` once the map is closed.
+    /// size, with `EBUSY` if one of them is in use or the map is paused, and with `ENODEV` once it is
+    /// closed.
     pub(crate) fn init_folio(&self, index: usize, order: u32) -> Result<DeviceFolio<'_, T>> {
         if order > MAX_ORDER || index & ((1 << order) - 1) != 0 {
             return Err(EINVAL);
@@ -188,9 +191,16 @@ impl<T: Ops> PageMap<T> {
                 return Err(EBUSY);
             }
         }
-        if self.is_closed() {
+        let refusal = if self.is_closed() {
+            Err(ENODEV)
+        } else if self.paused.load(Relaxed) {
+            Err(EBUSY)
+        } else {
+            Ok(())
+        };
+        if let Err(error) = refusal {
             self.set_free(index, order);
-            return Err(ENODEV);
+            return Err(error);
         }
         // CAST: The page is the head of the folio to be made, and a head page is at its folio's
         // address. What folio it was part of before does not matter.
@@ -213,6 +223,13 @@ impl<T: Ops> PageMap<T> {
     /// Whether the registration is being undone: no folio is made any more.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Relaxed)
+    }
+
+    /// Has no folio be made until it is called again with `false`. When this returns, a folio that
+    /// was made before is among [`PageMap::live_folios`].
+    pub(crate) fn pause(&self, paused: bool) {
+        // A full barrier: see `Registered::closing`.
+        self.paused.xchg(paused, Full);
     }
 
     /// The folios that are live now, from page `from` on: index of the first page and order of

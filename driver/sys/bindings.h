@@ -16,7 +16,9 @@
 #include <linux/migrate.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
+#include <linux/notifier.h>
 #include <linux/pci.h>
+#include <linux/suspend.h>
 #include <linux/vmalloc.h>
 
 /* pages and folios */
@@ -40,7 +42,8 @@ void hmm_gpu_wmb(void);
 void hmm_gpu_copy(void *to, const void *from, size_t len);
 int hmm_gpu_copy_mc(void *to, const void *from, size_t len);
 void hmm_gpu_mark_dirty(unsigned long pfn);
-bool hmm_gpu_is_readable(unsigned long pfn);
+enum hmm_gpu_reach { HMM_GPU_SECRET, HMM_GPU_READABLE, HMM_GPU_DEVICE };
+enum hmm_gpu_reach hmm_gpu_reach(unsigned long pfn);
 bool hmm_gpu_is_zero_pfn(unsigned long pfn);
 
 /* page maps */
@@ -61,6 +64,7 @@ int hmm_gpu_range_fault(struct hmm_range *range);
 
 /* other */
 void hmm_gpu_sort_pairs(u64 (*pairs)[2], size_t count);
+int hmm_gpu_notifier_from_errno(int error);
 
 /* PCI */
 unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar);

@@ -103,15 +103,17 @@ void hmm_gpu_mark_dirty(unsigned long pfn)
 	folio_mark_dirty(page_folio(pfn_to_page(pfn)));
 }
 
-bool hmm_gpu_is_readable(unsigned long pfn)
+enum hmm_gpu_reach hmm_gpu_reach(unsigned long pfn)
 {
 	struct page *page = pfn_to_page(pfn);
 	char byte;
 
 	if (is_device_private_page(page))
-		return false;
+		return HMM_GPU_DEVICE;
 	/* The memory of a secret file has no direct mapping. */
-	return !copy_from_kernel_nofault(&byte, page_address(page), sizeof(byte));
+	if (copy_from_kernel_nofault(&byte, page_address(page), sizeof(byte)))
+		return HMM_GPU_SECRET;
+	return HMM_GPU_READABLE;
 }
 
 bool hmm_gpu_is_zero_pfn(unsigned long pfn)
@@ -129,6 +131,11 @@ static int compare_pairs(const void *first, const void *second)
 void hmm_gpu_sort_pairs(u64 (*pairs)[2], size_t count)
 {
 	sort(pairs, count, sizeof(*pairs), compare_pairs, NULL);
+}
+
+int hmm_gpu_notifier_from_errno(int error)
+{
+	return notifier_from_errno(error);
 }
 
 void hmm_gpu_wmb(void)

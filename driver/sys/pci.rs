@@ -53,28 +53,44 @@ impl Drop for Region {
     }
 }
 
-/// A device whose memory BARs answer.
+/// A device whose memory BARs answer, and that is not reset: a reset would lose what is in them.
 ///
 /// # Invariants
 ///
-/// The device is enabled (`pci_enable_device_mem`), which is this value's to undo.
+/// The device is enabled (`pci_enable_device_mem`), which is this value's to undo. `resets` are the
+/// ways to reset it that have been taken from it.
 pub(crate) struct Enabled {
     pdev: ARef<Device>,
+    resets: [u8; bindings::PCI_NUM_RESET_METHODS as usize],
 }
 
 impl Enabled {
-    /// Enables the memory BARs of a device.
+    /// Enables the memory BARs of a device, and has `pci_reset_function` refuse (`ENOTTY`).
     pub(crate) fn new(pdev: &Device<Core<'_>>) -> Result<Self> {
         pdev.enable_device_mem()?;
-        // INVARIANT: Just enabled.
-        Ok(Self { pdev: pdev.into() })
+        let raw = as_raw(pdev);
+        // SAFETY: The device is valid and locked, as it is being probed.
+        let resets = unsafe { core::mem::take(&mut (*raw).reset_methods) };
+        // INVARIANT: Just enabled, and taken.
+        Ok(Self {
+            pdev: pdev.into(),
+            resets,
+        })
     }
 }
 
 impl Drop for Enabled {
     fn drop(&mut self) {
-        // SAFETY: The device is valid, since it is referenced, and enabled, by the type invariants.
-        unsafe { bindings::pci_disable_device(as_raw(&self.pdev)) };
+        let raw = as_raw(&self.pdev);
+        // SAFETY: The device is valid, since it is referenced, and locked, as it is being unbound
+        // or its probe fails. It is enabled, by the type invariants.
+        unsafe {
+            // Not if somebody has chosen others meanwhile.
+            if (*raw).reset_methods.first() == Some(&0) {
+                (*raw).reset_methods = self.resets;
+            }
+            bindings::pci_disable_device(raw);
+        }
     }
 }
 

@@ -16,6 +16,9 @@ pub const GPUS: [&str; 4] = [
     "0000:00:13.0",
 ];
 
+/// One in a slot of its own, with 64 MiB: it can be reset, and switched off.
+pub const IN_SLOT: &str = "0000:01:00.0";
+
 /// There is one module, and one machine.
 static MACHINE: Mutex<()> = Mutex::new(());
 
@@ -92,6 +95,11 @@ impl Driver {
         write("/sys/bus/pci/drivers/hmm_gpu/unbind", gpu).unwrap();
         allow(gpu, false);
         assert!(!is_bound(gpu));
+    }
+
+    /// One of the GPUs is no longer there.
+    pub fn lost(&mut self, gpu: &str) {
+        self.bound.retain(|bound| *bound != gpu);
     }
 
     /// `/proc/iomem` before the module was loaded.
