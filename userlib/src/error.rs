@@ -549,6 +549,141 @@ mod tests {
         }
     }
 
+    fn accessing(errno: Errno, fault_addr: Option<usize>, entry: u64) -> Error {
+        let attempt = Attempt::Access {
+            operation: Operation::Write,
+            addr: 0x7f12_3456_7000,
+            bytes: 16 << 20,
+            policy: Policy::None,
+            accessed: Accessed {
+                bytes: 8 << 20,
+                faults: 2,
+            },
+            fault_addr,
+            entry: TableEntry::from_bits(entry),
+        };
+        Error::call(Path::new("/dev/hmm_gpu0"), attempt, errno)
+    }
+
+    #[test]
+    fn a_miss_is_told_with_its_address_and_what_the_device_found() {
+        let requested = crate::uapi::HMM_GPU_PTE_REQUESTED;
+        let error = accessing(Errno::AGAIN, Some(0x7f12_34d6_7000), requested);
+        assert_eq!(
+            error.to_string(),
+            "the device's writing 16 MiB at 0x7f1234567000 (policy none) on /dev/hmm_gpu0: the device page table has no entry \
+             for it at 0x7f1234d67000 (found nothing, requested; 8 MiB, 2 device faults before that); service it with \
+             `Device::fault` and repeat the call, or use `Policy::Map` or `Policy::Migrate` (Resource temporarily unavailable \
+             (os error 11))"
+        );
+        assert_eq!(error.fault_addr(), Some(0x7f12_34d6_7000));
+        assert_eq!(
+            error.accessed().map(|accessed| accessed.bytes),
+            Some(8 << 20)
+        );
+        assert!(error.table_entry().is_some_and(TableEntry::is_requested));
+        assert_eq!(error.moved(), None);
+        // Only a miss that was not serviced has an entry to tell of.
+        assert_eq!(accessing(Errno::BUSY, Some(1), 0).table_entry(), None);
+    }
+
+    #[test]
+    fn a_buffer_that_cannot_be_used_is_told_from_a_bad_address() {
+        let (buffer, addr) = (
+            accessing(Errno::FAULT, None, 0).to_string(),
+            accessing(Errno::FAULT, Some(0x5000), 0).to_string(),
+        );
+        assert!(
+            buffer.contains("the buffer cannot be read or written"),
+            "{buffer}"
+        );
+        assert!(
+            addr.contains("nothing is mapped there, or nothing that a device can reach at 0x5000"),
+            "{addr}"
+        );
+    }
+
+    #[test]
+    fn what_a_copy_and_a_list_of_faults_were_to_do_is_told() {
+        let copy = Attempt::Access {
+            operation: Operation::Copy { to_addr: 0x9000 },
+            addr: 0x5000,
+            bytes: 17,
+            policy: Policy::Migrate,
+            accessed: Accessed::default(),
+            fault_addr: None,
+            entry: TableEntry::default(),
+        };
+        assert_eq!(
+            copy.to_string(),
+            "the device's copying 17 bytes at 0x5000 to 0x9000 (policy migrate)"
+        );
+        let faults = Attempt::Fault {
+            faults: 3,
+            policy: Policy::Map,
+            mapped_pages: 1,
+        };
+        let error = Error::call(Path::new("/dev/hmm_gpu0"), faults, Errno::NODEV).to_string();
+        assert!(
+            error.starts_with(
+                "servicing 3 device faults (policy map) on /dev/hmm_gpu0: the device has been unbound (1 page mapped before \
+                 that); "
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_fault_that_was_not_serviced_says_why_and_what_to_do() {
+        use Errno as E;
+        let fault = DeviceFault {
+            addr: 0x5000,
+            access: crate::Access::Write,
+        };
+        let text = |errno| Error::Fault { fault, errno }.to_string();
+        assert_eq!(
+            text(E::ACCESS),
+            "the device's write at 0x5000 was not serviced: the mapping there does not allow it; the device may do what the \
+             process may: see `mprotect` (Permission denied (os error 13))"
+        );
+        for errno in [
+            E::FAULT,
+            E::ACCESS,
+            E::BUSY,
+            E::NOSPC,
+            E::NOMEM,
+            E::HWPOISON,
+            E::CANCELED,
+        ] {
+            assert!(text(errno).contains("; "), "{}", text(errno));
+        }
+    }
+
+    #[test]
+    fn every_documented_error_of_an_access_says_what_to_do() {
+        use Errno as E;
+        let documented = [
+            E::INVAL,
+            E::FAULT,
+            E::ACCESS,
+            E::AGAIN,
+            E::BUSY,
+            E::NOSPC,
+            E::NOMEM,
+            E::HWPOISON,
+            E::INTR,
+            E::NODEV,
+            E::PERM,
+        ];
+        let texts = documented.map(|errno| {
+            let text = accessing(errno, Some(0x5000), 0).to_string();
+            assert!(text.contains("; ") && text.contains("(os error "), "{text}");
+            text
+        });
+        let apart: std::collections::BTreeSet<&String> = texts.iter().collect();
+        assert_eq!(apart.len(), documented.len());
+    }
+
     #[test]
     fn lengths_that_a_short_form_hides_are_given_in_full() {
         assert_eq!(exact(4096), "4 KiB");

@@ -172,7 +172,7 @@ impl Device {
         let call = |argument: &mut hmm_gpu_fault, named: &mut [hmm_gpu_device_fault]| {
             self.file().fault(argument, named)
         };
-        match service(faults, policy, call) {
+        match service(faults, BATCH, policy, call) {
             Ok(faulted) => {
                 tracing::debug!(path = %self.path().display(), faults = faults.len(), %policy, %faulted, "serviced");
                 Ok(faulted)
@@ -200,9 +200,10 @@ enum Stopped {
     Call(Stop, Faulted),
 }
 
-/// Names all faults to the driver, a batch after the other, and those again that a signal kept it from.
+/// Names all faults to the driver, a batch of so many after the other, and those again that a signal kept it from.
 fn service(
     faults: &[DeviceFault],
+    batch: usize,
     policy: Policy,
     mut call: impl FnMut(&mut hmm_gpu_fault, &mut [hmm_gpu_device_fault]) -> Result<(), Errno>,
 ) -> Result<Faulted, Stopped> {
@@ -210,16 +211,14 @@ fn service(
         statuses: room(faults.len())?,
         ..Default::default()
     };
-    let mut named = room(faults.len().min(BATCH))?;
+    let mut named = room(faults.len().min(batch))?;
     // Which fault each of the named ones is.
-    let mut numbers: Vec<usize> = room(faults.len().min(BATCH))?;
+    let mut numbers: Vec<usize> = room(faults.len().min(batch))?;
     faulted.statuses.resize(faults.len(), Err(Errno::CANCELED));
-    let mut next = 0;
-    while next < faults.len() {
-        let batch = &faults[next..faults.len().min(next + BATCH)];
-        named.extend(batch.iter().map(|fault| fault.to_uapi()));
-        numbers.extend(next..next + batch.len());
-        next += batch.len();
+    for first in (0..faults.len()).step_by(batch) {
+        let end = faults.len().min(first + batch);
+        named.extend(faults[first..end].iter().map(|fault| fault.to_uapi()));
+        numbers.extend(first..end);
         while !named.is_empty() {
             if let Err(stop) = ask(&mut faulted, &mut named, &mut numbers, policy, &mut call) {
                 return Err(Stopped::Call(stop, faulted));
@@ -317,7 +316,12 @@ fn room<T>(values: usize) -> Result<Vec<T>, Stopped> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::testing::config;
 
     const ADDR: usize = 0x7f00_0000_0000;
 
@@ -328,17 +332,26 @@ mod tests {
         }
     }
 
-    /// A driver that maps even pages in VRAM, every other odd one in system memory, and may not map the rest.
-    fn serve(argument: &mut hmm_gpu_fault, named: &mut [hmm_gpu_device_fault]) {
-        for fault in named {
-            let page = (fault.addr - ADDR as u64) / PAGE_BYTES as u64;
-            fault.status = match page % 4 {
-                3 => Errno::ACCESS.raw_os_error() as u32,
-                _ => 0,
-            };
-            argument.mapped_pages += u64::from(fault.status == 0);
-            argument.device_pages += u64::from(page % 2 == 0);
-            argument.failed_pages += u64::from(fault.status != 0);
+    /// What the driver below makes of a page: in VRAM, in system memory, or refused.
+    fn answer(addr: u64) -> (u32, bool) {
+        match addr / PAGE_BYTES as u64 % 4 {
+            3 => (Errno::ACCESS.raw_os_error() as u32, false),
+            page => (0, page % 2 == 0),
+        }
+    }
+
+    /// A driver that answers the first `upto` faults.
+    fn serve(argument: &mut hmm_gpu_fault, named: &mut [hmm_gpu_device_fault], upto: usize) {
+        let mut pages = BTreeSet::new();
+        for fault in &mut named[..upto] {
+            let (status, device) = answer(fault.addr);
+            fault.status = status;
+            if !pages.insert(fault.addr / PAGE_BYTES as u64) {
+                continue;
+            }
+            argument.mapped_pages += u64::from(status == 0);
+            argument.device_pages += u64::from(device);
+            argument.failed_pages += u64::from(status != 0);
         }
     }
 
@@ -347,7 +360,7 @@ mod tests {
         let faults: Vec<_> = [5, 4, 3, 2, 7]
             .map(|page| fault(page, Access::Write))
             .into();
-        let faulted = service(&faults, Policy::Migrate, |argument, named| {
+        let faulted = service(&faults, BATCH, Policy::Migrate, |argument, named| {
             assert_eq!(
                 (argument.count, argument.policy),
                 (5, uapi::HMM_GPU_POLICY_MIGRATE)
@@ -355,7 +368,7 @@ mod tests {
             assert!(named
                 .iter()
                 .all(|fault| fault.access == uapi::HMM_GPU_ACCESS_WRITE));
-            serve(argument, named);
+            serve(argument, named, 5);
             Ok(())
         })
         .unwrap();
@@ -374,5 +387,127 @@ mod tests {
             (error.errno(), error.fault_addr()),
             (Some(Errno::ACCESS), Some(faults[2].addr))
         );
+    }
+
+    #[test]
+    fn a_page_named_twice_fails_once() {
+        let faults: Vec<_> = [3, 3, 0].map(|page| fault(page, Access::Read)).into();
+        let serve_all = |argument: &mut hmm_gpu_fault, named: &mut [_]| {
+            serve(argument, named, named.len());
+            Ok(())
+        };
+        for batch in [1, 3] {
+            let faulted = service(&faults, batch, Policy::Map, serve_all).unwrap();
+            assert_eq!((faulted.mapped_pages, faulted.failed_pages), (1, 1));
+            assert!(!faulted.is_complete());
+        }
+        let faulted = service(&faults[2..], 1, Policy::Map, serve_all).unwrap();
+        assert!(faulted.is_complete() && faulted.complete().is_ok());
+        assert_eq!(faulted.to_string(), "1 page mapped, 1 of them in VRAM");
+    }
+
+    #[test]
+    fn an_error_ends_it_with_what_was_mapped() {
+        let faults: Vec<_> = (0..8).map(|page| fault(page, Access::Read)).collect();
+        let mut calls = 0;
+        let stopped = service(&faults, 3, Policy::Map, |argument, named| {
+            calls += 1;
+            let upto = named.len().min(2);
+            serve(argument, named, upto);
+            Err([Errno::INTR, Errno::NOMEM][calls / 3])
+        });
+        let Err(Stopped::Call(stop, faulted)) = stopped else {
+            panic!("{stopped:?}")
+        };
+        assert_eq!(stop, Stop::Driver(Errno::NOMEM));
+        assert_eq!(calls, 3);
+        // Pages 0 and 1, then 2, then 3 and 4, of which the driver may not map one.
+        assert_eq!(faulted.mapped_pages, 4);
+    }
+
+    #[test]
+    fn a_driver_that_breaks_its_word_is_not_believed() {
+        let faults = [fault(0, Access::Read), fault(1, Access::Read)];
+        type Lie = fn(&mut hmm_gpu_fault, &mut [hmm_gpu_device_fault]);
+        let lies: [Lie; 5] = [
+            |argument, _| argument.mapped_pages = 3,
+            |argument, _| argument.device_pages = 1,
+            // Says nothing of the second.
+            |_, named| named[0].status = 0,
+            |_, named| named.iter_mut().for_each(|fault| fault.status = 4096),
+            |_, named| {
+                named
+                    .iter_mut()
+                    .for_each(|fault| fault.status = -14i32 as u32)
+            },
+        ];
+        for (number, lie) in lies.into_iter().enumerate() {
+            let stopped = service(&faults, BATCH, Policy::Map, |argument, named| {
+                lie(argument, named);
+                Ok(())
+            });
+            assert!(
+                matches!(stopped, Err(Stopped::Call(Stop::Nonsense(_), _))),
+                "{number}: {stopped:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_slice_faults_on_each_of_its_pages() {
+        let data = vec![0u8; 3 * PAGE_BYTES];
+        let faults: Vec<_> = DeviceFault::each_page(&data, Access::Write).collect();
+        let range = PageRange::of(&data);
+        assert_eq!(faults.len(), range.pages());
+        assert_eq!(faults[0].addr, range.addr());
+        assert_eq!(faults[1].addr, range.addr() + PAGE_BYTES);
+        assert_eq!(
+            faults[0].to_string(),
+            format!("write at {:#x}", range.addr())
+        );
+        assert_eq!(DeviceFault::each_page::<u8>(&[], Access::Read).count(), 0);
+    }
+
+    proptest! {
+        #![proptest_config(config())]
+
+        /// Catches a fault that gets another's answer, is named again after its answer, or is never named: wherever batches end
+        /// and signals come.
+        #[test]
+        fn batches_and_signals_change_no_answer(
+            pages in prop::collection::vec((0usize..64, any::<bool>()), 0..200),
+            batch in 1usize..80,
+            mut signals in prop::collection::vec(0usize..80, 0..20),
+        ) {
+            let faults: Vec<_> = pages
+                .iter()
+                .map(|&(page, write)| fault(page, if write { Access::Write } else { Access::Read }))
+                .collect();
+            let mut answered = vec![];
+            let faulted = service(&faults, batch, Policy::Map, |argument, named| {
+                assert!(named.len() <= batch && argument.count as usize == named.len());
+                assert!(named.iter().all(|fault| fault.status == UNANSWERED));
+                let upto = signals.pop().filter(|&upto| upto <= named.len());
+                serve(argument, named, upto.unwrap_or(named.len()));
+                answered.extend(named[..upto.unwrap_or(named.len())].iter().map(|fault| (fault.addr, fault.access)));
+                upto.map_or(Ok(()), |_| Err(Errno::INTR))
+            })
+            .unwrap();
+
+            let named: Vec<_> = faults.iter().map(|fault| (fault.addr as u64, fault.access.to_uapi())).collect();
+            prop_assert_eq!(answered, named);
+            for (fault, status) in faults.iter().zip(faulted.statuses()) {
+                let expected = answer(fault.addr as u64).0;
+                prop_assert_eq!(status.err().map_or(0, |errno| errno.raw_os_error() as u32), expected);
+            }
+            let failed: BTreeSet<_> = faults
+                .iter()
+                .map(|fault| fault.addr)
+                .filter(|&addr| answer(addr as u64).0 != 0)
+                .collect();
+            prop_assert_eq!(faulted.failed_pages, failed.len() as u64);
+            let first = faults.iter().find(|fault| answer(fault.addr as u64).0 != 0);
+            prop_assert_eq!(faulted.first_failure().map(|(fault, _)| fault), first.copied());
+        }
     }
 }

@@ -68,6 +68,8 @@ mod shared;
 mod snapshot;
 #[allow(unsafe_code)]
 pub mod sys;
+#[cfg(test)]
+mod testing;
 // `dead_code`: what only a constant assertion uses counts as unused in Rust 1.85.
 #[allow(
     dead_code,

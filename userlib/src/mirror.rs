@@ -137,7 +137,7 @@ impl Device {
     /// let data = vec![7u8; 1 << 20];
     /// let faults: Vec<_> = DeviceFault::each_page(&data, Access::Read).collect();
     /// device.fault(&faults, Policy::Map)?.complete()?;
-    /// println!("{}", device.mirror()?); // 257 entries in 5 nodes (20 KiB) of 4 levels, ...
+    /// println!("{}", device.mirror()?); // 257 entries in 4 nodes (16 KiB) of 4 levels, ...
     /// # Ok(())
     /// # }
     /// ```
@@ -151,7 +151,10 @@ impl Device {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::testing::config;
 
     #[test]
     fn an_entry_says_where_its_page_is() {
@@ -198,5 +201,33 @@ mod tests {
             MirrorInfo::from_uapi(&answer).to_string(),
             "257 entries in 5 nodes (20 KiB) of 4 levels, root at 0x200000, 3 invalidations"
         );
+    }
+
+    proptest! {
+        #![proptest_config(config())]
+
+        /// Catches bits of an address that no level looks at, or that two do.
+        #[test]
+        fn the_levels_of_an_address_put_it_together_again(addr in 0usize..1 << 57) {
+            let page = (0..5).map(|level| MirrorInfo::index(addr, level) << (9 * level)).sum::<usize>();
+            prop_assert_eq!(page, addr >> 12);
+        }
+
+        /// Catches an entry that is two things at once.
+        #[test]
+        fn an_entry_is_one_thing(bits in any::<u64>()) {
+            let entry = TableEntry::from_bits(bits);
+            prop_assert_eq!(entry.bits(), bits);
+            let things = [
+                entry.vram_offset().is_some(),
+                entry.is_system(),
+                entry.is_requested(),
+                !entry.is_valid() && !entry.is_requested(),
+            ];
+            prop_assert_eq!(things.into_iter().filter(|&it| it).count(), 1);
+            if let Some(offset) = entry.vram_offset() {
+                prop_assert_eq!(offset % uapi::HMM_GPU_PAGE_BYTES, 0);
+            }
+        }
     }
 }

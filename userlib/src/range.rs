@@ -86,7 +86,10 @@ impl fmt::Display for Bytes {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::testing::config;
 
     fn covering(addr: usize, bytes: usize) -> (usize, usize) {
         let range = PageRange::covering(addr, bytes);
@@ -156,5 +159,44 @@ mod tests {
         assert_eq!(shown, expected);
         assert_eq!(Bytes((1 << 20) - 1).to_string(), "1023.9 KiB");
         assert_eq!(format!("{:>8}", Bytes(4096)), "   4 KiB");
+    }
+
+    proptest! {
+        #![proptest_config(config())]
+
+        /// Catches a byte that is left out, a page too many, and arithmetic that wraps.
+        #[test]
+        fn pages_cover_the_bytes_and_no_more(
+            addr in prop_oneof![any::<usize>(), 0..1usize << 47, usize::MAX - 10_000..],
+            bytes in prop_oneof![1..20_000usize, 1..usize::MAX],
+        ) {
+            let range = PageRange::covering(addr, bytes);
+            let page = PAGE_BYTES as u128;
+            let start = addr as u128 / page * page;
+            let end = (addr as u128 + bytes as u128).div_ceil(page) * page;
+            let end = end.min(1 << usize::BITS);
+            prop_assert_eq!(range.addr() as u128, start);
+            // All of memory has one byte more than a usize counts.
+            prop_assert_eq!(range.bytes() as u128, (end - start).min(usize::MAX as u128));
+            prop_assert_eq!(range.pages(), range.bytes() / PAGE_BYTES);
+        }
+
+        /// Catches a length that is said to be more than it is, or that loses more than the tenth that is not shown.
+        #[test]
+        fn a_length_is_never_said_to_be_more(bytes in prop_oneof![any::<u64>(), 0..1u64 << 40, 0..1u64 << 20]) {
+            let shown = Bytes(bytes).to_string();
+            let (number, unit) = shown.split_once(' ').unwrap();
+            let (whole, tenths) = number.split_once('.').unwrap_or((number, "0"));
+            let unit = match unit {
+                "bytes" => 1u128,
+                "KiB" => 1 << 10,
+                "MiB" => 1 << 20,
+                "GiB" => 1 << 30,
+                _ => 1 << 40,
+            };
+            let tenths = whole.parse::<u128>().unwrap() * 10 + tenths.parse::<u128>().unwrap();
+            let bytes = u128::from(bytes) * 10;
+            prop_assert!(tenths * unit <= bytes && bytes < (tenths + 1) * unit.max(10), "{}", shown);
+        }
     }
 }

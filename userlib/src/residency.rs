@@ -230,7 +230,10 @@ impl fmt::Display for Counts {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::testing::config;
 
     #[test]
     fn every_byte_of_the_interface_is_decoded() {
@@ -290,5 +293,32 @@ mod tests {
             .all(Place::Device));
         assert!(!Residency::from_uapi(0, &[2, 1]).unwrap().all(Place::Device));
         assert!(Residency::from_uapi(0, &[]).unwrap().all(Place::Device));
+    }
+
+    proptest! {
+        #![proptest_config(config())]
+
+        /// Catches a page that is counted twice, not at all, or at another place, and a byte of a newer driver that is taken for
+        /// a place, or refused for a bit that the place does not need.
+        #[test]
+        fn every_page_is_counted_at_its_place(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let known = |byte: &u8| byte & uapi::HMM_GPU_RESIDENT_MASK <= uapi::HMM_GPU_RESIDENT_OTHER_DEVICE;
+            let decoded = Residency::from_uapi(0x5000, &bytes);
+            prop_assert_eq!(decoded.is_some(), bytes.iter().all(known));
+            let bytes: Vec<u8> = bytes.into_iter().filter(known).collect();
+            let residency = Residency::from_uapi(0x5000, &bytes).unwrap();
+            let counts = residency.counts();
+            prop_assert_eq!(counts.total(), bytes.len());
+            for place in Place::ALL {
+                let there = residency.pages().iter().filter(|page| page.place() == place).count();
+                prop_assert_eq!(counts.at(place), there);
+                prop_assert_eq!(residency.all(place), there == bytes.len());
+            }
+            for (page, byte) in residency.pages().iter().zip(&bytes) {
+                prop_assert_eq!(Page::new(page.place(), page.is_writable()).0, byte & 0x1f);
+            }
+            let writable = bytes.iter().filter(|&byte| byte & 0x10 != 0).count();
+            prop_assert_eq!(counts.writable, writable);
+        }
     }
 }

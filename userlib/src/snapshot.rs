@@ -66,7 +66,8 @@ impl SnapshotPage {
         self.has(uapi::HMM_GPU_SNAPSHOT_VALID) && self.has(uapi::HMM_GPU_SNAPSHOT_WRITABLE)
     }
 
-    /// Whether it is the kernel's page of zeroes, which all memory shares that was read and never written.
+    /// Whether it is the kernel's page of zeroes, which all memory shares that was read and never written. That is the page of
+    /// 4 KiB: the huge one is not told from other memory.
     pub fn is_zero_page(self) -> bool {
         self.has(uapi::HMM_GPU_SNAPSHOT_VALID) && self.has(uapi::HMM_GPU_SNAPSHOT_ZERO)
     }
@@ -249,5 +250,125 @@ impl Device {
             let attempt = Attempt::Snapshot { addr, bytes };
             Error::answer(self.path(), attempt, "a page that is at no one place")
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use uapi::{
+        HMM_GPU_SNAPSHOT_DEVICE as DEVICE, HMM_GPU_SNAPSHOT_MIRRORED as MIRRORED,
+        HMM_GPU_SNAPSHOT_MIRROR_CURRENT as CURRENT,
+        HMM_GPU_SNAPSHOT_MIRROR_WRITABLE as MIRROR_WRITABLE,
+        HMM_GPU_SNAPSHOT_OTHER_DEVICE as OTHER_DEVICE, HMM_GPU_SNAPSHOT_VALID as VALID,
+        HMM_GPU_SNAPSHOT_WRITABLE as WRITABLE, HMM_GPU_SNAPSHOT_ZERO as ZERO,
+    };
+
+    use super::*;
+    use crate::testing::config;
+
+    #[test]
+    fn a_page_says_all_that_is_known_of_it() {
+        let shown = |word| SnapshotPage::from_uapi(word).unwrap().to_string();
+        assert_eq!(shown(0), "nowhere");
+        assert_eq!(shown(VALID | ZERO), "RAM, zero page");
+        assert_eq!(shown(VALID | WRITABLE | (9 << 8)), "RAM, writable, order 9");
+        assert_eq!(
+            shown(VALID | WRITABLE | DEVICE | MIRRORED | MIRROR_WRITABLE | CURRENT | (17 << 20)),
+            "VRAM page 17, writable, mirrored writable"
+        );
+        assert_eq!(
+            shown(VALID | OTHER_DEVICE | MIRRORED | CURRENT),
+            "VRAM of another device, mirrored"
+        );
+        // What no driver should ever say is said all the same.
+        assert_eq!(shown(MIRRORED), "nowhere, mirrored but stale");
+    }
+
+    #[test]
+    fn a_page_at_two_places_or_none_is_refused() {
+        for word in [
+            VALID | DEVICE | OTHER_DEVICE,
+            DEVICE,
+            OTHER_DEVICE,
+            DEVICE | OTHER_DEVICE,
+        ] {
+            assert_eq!(Snapshot::from_uapi(0, &[VALID, word]), None, "{word:#x}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_counted_found_and_drawn() {
+        let words = [VALID | DEVICE | MIRRORED | CURRENT, VALID | WRITABLE, 0];
+        let snapshot = Snapshot::from_uapi(0x5000, &words).unwrap();
+        assert_eq!(
+            snapshot.to_string(),
+            "3 pages: 1 VRAM, 1 RAM, 1 nowhere; 1 mirrored"
+        );
+        let place = |addr| snapshot.page_at(addr).map(SnapshotPage::place);
+        assert_eq!((place(0x4fff), place(0x8000)), (None, None));
+        assert_eq!(
+            (place(0x5fff), place(0x6000)),
+            (Some(Place::Device), Some(Place::System))
+        );
+        assert_eq!(snapshot.residency().addr(), 0x5000);
+        assert_eq!(snapshot.residency().counts(), snapshot.counts());
+        assert!(!snapshot.all(Place::Device));
+        assert!(Snapshot::from_uapi(0, &words[..1])
+            .unwrap()
+            .all(Place::Device));
+    }
+
+    proptest! {
+        #![proptest_config(config())]
+
+        /// Catches a field of the word that is read from another's bits.
+        #[test]
+        fn what_is_put_into_a_word_comes_out_of_it(
+            place in prop::sample::select(&Place::ALL[..]),
+            (writable, zero) in any::<(bool, bool)>(),
+            mirrored in prop::option::of(any::<(bool, bool)>()),
+            order in 0u32..32,
+            vram_page in 0u64..1 << 44,
+        ) {
+            let bit = |set: bool, bit: u64| if set { bit } else { 0 };
+            let (mirror_writable, current) = mirrored.unwrap_or_default();
+            let there = place != Place::None;
+            let word = bit(there, VALID)
+                | bit(there && writable, WRITABLE)
+                | bit(there && zero, ZERO)
+                | bit(place == Place::Device, DEVICE | (vram_page << uapi::HMM_GPU_SNAPSHOT_PAGE_SHIFT))
+                | bit(place == Place::OtherDevice, OTHER_DEVICE)
+                | bit(mirrored.is_some(), MIRRORED)
+                | bit(mirror_writable, MIRROR_WRITABLE)
+                | bit(current, CURRENT)
+                | (u64::from(order) << uapi::HMM_GPU_SNAPSHOT_ORDER_SHIFT);
+            let page = SnapshotPage::from_uapi(word).unwrap();
+            prop_assert_eq!(page.bits(), word);
+            prop_assert_eq!(page.place(), place);
+            prop_assert_eq!(page.is_writable(), there && writable);
+            prop_assert_eq!(page.is_zero_page(), there && zero);
+            prop_assert_eq!(page.order(), order);
+            prop_assert_eq!(page.vram_page(), (place == Place::Device).then_some(vram_page));
+            let expected = mirrored.map(|(writable, current)| Mirrored { writable, current });
+            prop_assert_eq!(page.mirrored(), expected);
+            let residency = Snapshot::from_uapi(0, &[word]).unwrap().residency();
+            let same = residency.pages()[0];
+            prop_assert_eq!((same.place(), same.is_writable()), (place, there && writable));
+        }
+
+        /// Catches a word that is taken although it says two things, and one that is refused for a bit that a newer driver set.
+        #[test]
+        fn any_word_is_refused_or_at_one_place(word in any::<u64>()) {
+            let valid = word & VALID != 0;
+            let (device, other) = (word & DEVICE != 0, word & OTHER_DEVICE != 0);
+            let known = !(device && other) && (valid || !(device || other));
+            let page = SnapshotPage::from_uapi(word);
+            prop_assert_eq!(page.is_some(), known);
+            if let Some(page) = page {
+                prop_assert_eq!(page.place() == Place::None, !valid);
+                prop_assert_eq!(page.vram_page().is_some(), device);
+            }
+        }
     }
 }
