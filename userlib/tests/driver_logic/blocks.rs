@@ -1,0 +1,172 @@
+//! `driver/bitmap.rs`: pages of VRAM are taken and given back.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use crate::bitmap::{Blocks, BLOCK_PAGES};
+use crate::config;
+use crate::prelude::ENOMEM;
+use crate::stand_in::fail_allocation;
+
+/// log2 of [`BLOCK_PAGES`].
+const BLOCK_ORDER: u32 = BLOCK_PAGES.ilog2();
+
+#[derive(Clone, Debug)]
+enum Step {
+    Add(usize),
+    Take { order: u32, count: usize },
+    GiveBack(prop::sample::Index),
+}
+
+fn step(blocks: usize) -> impl Strategy<Value = Step> {
+    // A whole block and a single page are what the driver asks for most.
+    let order = prop_oneof![Just(0), Just(BLOCK_ORDER), 0..=BLOCK_ORDER];
+    let count = prop_oneof![1usize..8, 1usize..600];
+    prop_oneof![
+        1 => (0..blocks).prop_map(Step::Add),
+        4 => (order, count).prop_map(|(order, count)| Step::Take { order, count }),
+        4 => any::<prop::sample::Index>().prop_map(Step::GiveBack),
+    ]
+}
+
+/// The blocks, and every page of them with whether it can be taken.
+struct Tried {
+    blocks: Blocks,
+    here: BTreeSet<usize>,
+    used: BTreeSet<usize>,
+    /// What was taken: the first page, and how many as a power of two.
+    runs: Vec<(usize, u32)>,
+}
+
+impl Tried {
+    fn new(count: usize) -> Self {
+        Self {
+            blocks: Blocks::new(count).unwrap(),
+            here: BTreeSet::new(),
+            used: BTreeSet::new(),
+            runs: vec![],
+        }
+    }
+
+    fn add(&mut self, block: usize) {
+        self.blocks.add(block);
+        self.here.insert(block);
+    }
+
+    /// Whether a run could be had: looks at each place where one may begin.
+    fn has_room(&self, order: u32) -> bool {
+        let run = 1 << order;
+        self.here.iter().any(|block| {
+            let first = block * BLOCK_PAGES;
+            (first..first + BLOCK_PAGES)
+                .step_by(run)
+                .any(|start| self.used.range(start..start + run).next().is_none())
+        })
+    }
+
+    fn take(&mut self, order: u32, count: usize) {
+        let mut indices = vec![u32::MAX; count];
+        let got = self.blocks.take(order, &mut indices);
+        assert!(got <= count);
+        for &start in &indices[..got] {
+            let (start, run) = (start as usize, 1 << order);
+            assert_eq!(start % run, 0, "a run of {run} at {start} is not aligned");
+            assert!(
+                self.here.contains(&(start / BLOCK_PAGES)),
+                "block of {start} is not here"
+            );
+            for page in start..start + run {
+                assert!(self.used.insert(page), "page {page} is given twice");
+            }
+            self.runs.push((start, order));
+        }
+        if got < count {
+            assert!(
+                !self.has_room(order),
+                "{got} of {count} runs of order {order}, and room for more"
+            );
+            assert!(indices[got..].iter().all(|&index| index == u32::MAX));
+        }
+        assert_eq!(self.blocks.used(), self.used.len());
+    }
+
+    fn give_back(&mut self, run: usize) {
+        let (start, order) = self.runs.swap_remove(run);
+        self.blocks.give_back(start, order);
+        for page in start..start + (1 << order) {
+            self.used.remove(&page);
+        }
+        assert_eq!(self.blocks.used(), self.used.len());
+    }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    /// Catches a page that is given twice, a run that is not aligned, VRAM that is lost when it is given back, and blocks that
+    /// have room and are not found.
+    #[test]
+    fn blocks_do_what_a_set_of_pages_does(
+        (count, steps) in (1usize..5).prop_flat_map(|count| {
+            (Just(count), prop::collection::vec(step(count), 1..60))
+        }),
+    ) {
+        let mut tried = Tried::new(count);
+        for step in steps {
+            match step {
+                Step::Add(block) => tried.add(block),
+                Step::Take { order, count } => tried.take(order, count),
+                Step::GiveBack(run) if !tried.runs.is_empty() => {
+                    tried.give_back(run.index(tried.runs.len()));
+                }
+                Step::GiveBack(_) => (),
+            }
+        }
+
+        // All of it comes back: each block is whole again.
+        while !tried.runs.is_empty() {
+            tried.give_back(0);
+        }
+        prop_assert_eq!(tried.blocks.used(), 0);
+        (0..count).for_each(|block| tried.add(block));
+        tried.take(BLOCK_ORDER, count);
+        prop_assert_eq!(tried.runs.len(), count);
+        tried.take(0, 1);
+        prop_assert_eq!(tried.runs.len(), count, "a page beyond the last block");
+    }
+}
+
+/// Catches blocks that are opened while others have room for what is asked: then whole blocks are never left for huge pages.
+#[test]
+fn single_pages_fill_a_block_before_the_next() {
+    let mut tried = Tried::new(3);
+    (0..3).for_each(|block| tried.add(block));
+    for taken in 1..=3 * BLOCK_PAGES {
+        tried.take(0, 1);
+        let opened: BTreeSet<_> = tried.used.iter().map(|page| page / BLOCK_PAGES).collect();
+        assert_eq!(opened.len(), taken.div_ceil(BLOCK_PAGES));
+    }
+}
+
+/// Catches a failure that is ignored: then a list has no room for a block, and its pages are lost.
+#[test]
+fn blocks_without_memory_are_an_error() {
+    for count in 0..2 {
+        fail_allocation(Some(count));
+        assert_eq!(Blocks::new(7).err(), Some(ENOMEM));
+    }
+    fail_allocation(None);
+    assert!(Blocks::new(0).is_ok());
+}
+
+/// Catches an index that is believed, and a block whose pages are given before it was added: they are no memory yet.
+#[test]
+fn blocks_that_are_not_there_are_ignored() {
+    let mut tried = Tried::new(2);
+    tried.blocks.add(2);
+    tried.blocks.give_back(2 * BLOCK_PAGES, 0);
+    tried.blocks.give_back(BLOCK_PAGES, 0);
+    tried.take(0, 1);
+    assert_eq!(tried.runs.len(), 0);
+}
