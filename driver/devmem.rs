@@ -13,7 +13,7 @@ use crate::{
         pagemap::{Form, Ops, Owner, PageMap},
         PAGE_BYTES,
     },
-    migration::{move_to_system, Cause, Scratch},
+    migration::{move_to_system, Cause, Scratch, BATCH},
     sleep::Sleep,
     uapi,
     vram::Vram,
@@ -149,9 +149,12 @@ impl Ops for DeviceMemory {
             // place.
             return FaultOutcome::Lost;
         };
-        let outcome = move_to_system(collected, Cause::Fault);
+        let outcome = move_to_system(collected, Cause::Fault, &mut []);
         if outcome.without_memory.is_some() {
             return FaultOutcome::NoMemory;
+        }
+        if outcome.lost {
+            return FaultOutcome::Lost;
         }
         if outcome.moved == 0 {
             counters.cpu_fault_retries.add(1);
@@ -202,11 +205,21 @@ pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
     let Ok(mut scratch) = Scratch::new() else {
         return 0;
     };
+    let Ok(mut lost) = KVec::from_elem(0, Entries::words(BATCH), GFP_KERNEL) else {
+        return 0;
+    };
     let (mut moved, mut from) = (0, 0);
     while map.live_folios(from).next().is_some() {
         let (collected, next) = Collected::live(map, from, scratch.entries());
-        let outcome = move_to_system(collected, Cause::Evict);
+        let outcome = move_to_system(collected, Cause::Evict, &mut lost);
         moved += outcome.moved;
+        if outcome.lost {
+            pr_err!(
+                "hmm_gpu{}: the device is gone, and with it {} pages: who touches them gets SIGBUS\n",
+                map.data().identity.unit,
+                outcome.moved
+            );
+        }
         if outcome.without_memory.is_some() {
             break;
         }

@@ -25,7 +25,7 @@ use kernel::{
 };
 
 /// The most pages that one migration handles: 2 MiB of them, which share a page table.
-const BATCH: usize = BLOCK_PAGES;
+pub(crate) const BATCH: usize = BLOCK_PAGES;
 
 /// Why pages move to system memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -46,6 +46,8 @@ pub(crate) struct Outcome {
     /// The page at which memory for its new place was not to be had. Nothing from there on has
     /// moved.
     pub(crate) without_memory: Option<usize>,
+    /// What was to move is lost, with the device.
+    pub(crate) lost: bool,
 }
 
 /// Room for the entries of a migration of [`BATCH`] pages.
@@ -70,7 +72,14 @@ impl Scratch {
 }
 
 /// Moves all device pages of a migration that is set up to system memory.
-pub(crate) fn move_to_system(mut collected: Collected<'_, DeviceMemory>, cause: Cause) -> Outcome {
+///
+/// Of a device that is gone, nothing moves, but for [`Cause::Evict`]: then it has to, and is declared
+/// broken there. That takes room in `lost` for a word for each page.
+pub(crate) fn move_to_system(
+    mut collected: Collected<'_, DeviceMemory>,
+    cause: Cause,
+    lost: &mut [usize],
+) -> Outcome {
     let mut outcome = Outcome::default();
     let effort = match cause {
         Cause::Fault => Effort::PageFault,
@@ -84,6 +93,10 @@ pub(crate) fn move_to_system(mut collected: Collected<'_, DeviceMemory>, cause: 
         let folio = SystemFolio::new(order, effort)
             .and_then(|folio| memory.vram.read_folio(index * PAGE_BYTES, folio));
         match folio {
+            // What the bus answers for a device that is gone is nobody's data.
+            Ok(_) if cause != Cause::Evict && !memory.vram.was_there(index * PAGE_BYTES) => {
+                outcome.lost = true;
+            }
             Ok(folio) => collected.set(i, folio),
             Err(_) => {
                 memory.counters.system_failures.add(1);
@@ -106,6 +119,15 @@ pub(crate) fn move_to_system(mut collected: Collected<'_, DeviceMemory>, cause: 
             counter.add(1 << order);
             outcome.moved += 1 << order;
         }
+    }
+    // After the copy: a device that is there now was there then.
+    let gone = (0..reach).find_map(|i| match moved.moved(i)? {
+        Source::Device { map, .. } if cause == Cause::Evict => Some(map.data().vram.is_gone()),
+        _ => None,
+    });
+    if gone == Some(true) {
+        outcome.lost = true;
+        moved.fail(lost);
     }
     outcome
 }
@@ -279,7 +301,7 @@ impl<'a> Request<'a> {
                 Ok(collected) if self.target == Target::Device => {
                     move_to_device(map, collected, &mut self.indices)
                 }
-                Ok(collected) => move_to_system(collected, Cause::Request),
+                Ok(collected) => move_to_system(collected, Cause::Request, &mut []),
                 // A mapping that the kernel does not migrate.
                 Err(_) => Outcome::default(),
             }

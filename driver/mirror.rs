@@ -561,7 +561,10 @@ impl<'a> Engine<'a> {
                 Err(error) => Err(error),
             };
             if let Err(error) = result {
-                self.accessed.fault_addr = at;
+                // What ends a call is not about the page.
+                if ![ENODEV, EINTR, ERESTARTSYS, ENOMEM].contains(&error) {
+                    self.accessed.fault_addr = at;
+                }
                 return (done, Err(error));
             }
         }

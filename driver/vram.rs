@@ -4,7 +4,10 @@
 
 #![forbid(unsafe_code)]
 
-use crate::sys::{mapping::Mapping, pci::Bar};
+use crate::{
+    hmm::PAGE_BYTES,
+    sys::{mapping::Mapping, pci::Bar},
+};
 use core::ops::Deref;
 use kernel::prelude::*;
 
@@ -28,6 +31,21 @@ impl Deref for Vram {
 }
 
 impl Vram {
+    /// Whether the device has been taken out, and what was in its VRAM with it. Asks the device.
+    pub(crate) fn is_gone(&self) -> bool {
+        match self {
+            Vram::Pci(bar) => !bar.is_present(),
+            Vram::Soft(_) => false,
+        }
+    }
+
+    /// Whether the device was there while the page at `offset` was read just now. Asks it only if
+    /// what was read may be what a bus answers for nobody.
+    pub(crate) fn was_there(&self, offset: usize) -> bool {
+        let last = self.read_u64(offset + PAGE_BYTES - size_of::<u64>());
+        !matches!(last, Ok(0 | u64::MAX)) || !self.is_gone()
+    }
+
     /// Whether the memory keeps what is written to it: writes to places that differ in one address
     /// bit each, and to the last word, and reads all back. `Err` has the offset that read wrong and
     /// what it read.

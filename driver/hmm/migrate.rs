@@ -388,6 +388,31 @@ impl<T: Ops> Moved<'_, T> {
     }
 }
 
+impl<T: Ops> Moved<'_, T> {
+    /// Ends the migration, and declares what has moved broken (`memory_failure`): it could not be
+    /// read where it was. Who touches it gets `SIGBUS`.
+    ///
+    /// `scratch` has room for a word for each page. Returns how many pages that were.
+    pub(crate) fn fail(self, scratch: &mut [usize]) -> usize {
+        let mut count = 0;
+        for (i, place) in (0..self.state.pages).zip(scratch.iter_mut()) {
+            let destination = self.state.entries.dst.get(i).copied().unwrap_or(0);
+            *place = match self.moved(i) {
+                Some(_) => pfn_of(destination).unwrap_or(0),
+                None => 0,
+            };
+        }
+        let pages = self.state.pages;
+        drop(self);
+        for pfn in scratch.iter().take(pages).filter(|pfn| **pfn != 0) {
+            // SAFETY: Fine to call for any page frame number, where sleeping is.
+            unsafe { bindings::hmm_gpu_memory_failure(*pfn) };
+            count += 1;
+        }
+        count
+    }
+}
+
 impl<T: Ops> Drop for Moved<'_, T> {
     fn drop(&mut self) {
         self.state.finalize();

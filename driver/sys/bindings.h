@@ -44,6 +44,7 @@ int hmm_gpu_copy_mc(void *to, const void *from, size_t len);
 void hmm_gpu_mark_dirty(unsigned long pfn);
 enum hmm_gpu_reach { HMM_GPU_SECRET, HMM_GPU_READABLE, HMM_GPU_DEVICE };
 enum hmm_gpu_reach hmm_gpu_reach(unsigned long pfn);
+int hmm_gpu_memory_failure(unsigned long pfn);
 bool hmm_gpu_is_zero_pfn(unsigned long pfn);
 
 /* page maps */
@@ -68,6 +69,7 @@ int hmm_gpu_notifier_from_errno(int error);
 
 /* PCI */
 unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar);
+bool hmm_gpu_pci_device_is_present(struct pci_dev *pdev);
 int hmm_gpu_pci_domain_nr(struct pci_dev *pdev);
 
 #endif

@@ -116,6 +116,16 @@ enum hmm_gpu_reach hmm_gpu_reach(unsigned long pfn)
 	return HMM_GPU_READABLE;
 }
 
+int hmm_gpu_memory_failure(unsigned long pfn)
+{
+#ifdef CONFIG_MEMORY_FAILURE
+	/* The memory itself is good: an administrator may have it back (hwpoison_inject's unpoison-pfn). */
+	return memory_failure(pfn, MF_SW_SIMULATED);
+#else
+	return -ENXIO;
+#endif
+}
+
 bool hmm_gpu_is_zero_pfn(unsigned long pfn)
 {
 	return is_zero_pfn(pfn);
@@ -211,6 +221,11 @@ int hmm_gpu_range_fault(struct hmm_range *range)
 unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar)
 {
 	return pci_resource_flags(pdev, bar);
+}
+
+bool hmm_gpu_pci_device_is_present(struct pci_dev *pdev)
+{
+	return pci_device_is_present(pdev);
 }
 
 int hmm_gpu_pci_domain_nr(struct pci_dev *pdev)

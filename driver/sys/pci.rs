@@ -100,7 +100,7 @@ impl Drop for Enabled {
 pub(crate) struct Bar {
     // Before the region, so that it is dropped first.
     mapping: Mapping,
-    _region: Region,
+    region: Region,
 }
 
 impl Bar {
@@ -129,10 +129,15 @@ impl Bar {
         // SAFETY: The BAR is prefetchable memory, requested until `region` is dropped, which is
         // after the mapping is.
         let mapping = unsafe { Mapping::write_combined(start, usize::try_from(len)?)? };
-        Ok(Self {
-            mapping,
-            _region: region,
-        })
+        Ok(Self { mapping, region })
+    }
+}
+
+impl Bar {
+    /// Whether the device is still there (`pci_device_is_present`): asks it.
+    pub(crate) fn is_present(&self) -> bool {
+        // SAFETY: The device is valid, since it is referenced.
+        unsafe { bindings::hmm_gpu_pci_device_is_present(as_raw(&self.region.pdev)) }
     }
 }
 

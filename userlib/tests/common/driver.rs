@@ -102,6 +102,13 @@ impl Driver {
         self.bound.retain(|bound| *bound != gpu);
     }
 
+    /// One of the GPUs is no longer there, and will not be again.
+    pub fn lost_for_good(&mut self, gpu: &str) {
+        self.lost(gpu);
+        let others = self.iomem.lines().filter(|line| !line.ends_with(gpu));
+        self.iomem = others.flat_map(|line| [line, "\n"]).collect();
+    }
+
     /// `/proc/iomem` before the module was loaded.
     pub fn iomem_before(&self) -> &str {
         &self.iomem
