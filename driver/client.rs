@@ -148,11 +148,18 @@ impl Client {
             UserStructure::read::<hmm_gpu_residency>(number, argument, SMALLEST_RESIDENCY)?;
         require(residency.flags == 0 && residency.reserved == [0; 2])?;
         self.look(
-            mm,
             residency.addr,
             residency.len,
             residency.bytes_ptr,
-            |map, seen, _| place(map, seen),
+            |at, seen, answers| {
+                let lock = ReadLocked::new(mm)?;
+                let map = self.gate.enter()?;
+                self.mirror(mm)?.look(&lock, at, seen)?;
+                for (answer, seen) in answers.iter_mut().zip(seen.iter()) {
+                    *answer = place(&map, *seen);
+                }
+                Ok(())
+            },
         )
     }
 
@@ -161,23 +168,53 @@ impl Client {
             UserStructure::read::<hmm_gpu_snapshot>(number, argument, SMALLEST_SNAPSHOT)?;
         require(snapshot.flags == 0 && snapshot.reserved == [0; 2])?;
         self.look(
-            mm,
             snapshot.addr,
             snapshot.len,
             snapshot.entries_ptr,
-            snapshot_entry,
+            |at, seen, answers| self.snapshot_batch(mm, at, seen, answers),
         )
     }
 
-    /// Looks at the pages of `[addr, addr + len)` and writes an `answer` for each to the array at
-    /// `user`. That is given what is at the page, and what the device page table has for it.
-    fn look<A: Copy + Default + FromBytes + IntoBytes>(
+    /// Takes a snapshot of the pages from `at` on.
+    fn snapshot_batch(
         &self,
         mm: &MmWithUser,
+        at: usize,
+        seen: &mut [Seen],
+        answers: &mut [u64],
+    ) -> Result {
+        const ATTEMPTS: usize = 64;
+
+        let mirror = self.mirror(mm)?;
+        for _ in 0..ATTEMPTS {
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let begun = mirror.begin();
+            let lock = ReadLocked::new(mm)?;
+            let map = self.gate.enter()?;
+            let visit = |i: usize, seen, entry| {
+                if let Some(answer) = answers.get_mut(i) {
+                    *answer = snapshot_entry(&map, seen, entry);
+                }
+            };
+            match mirror.snapshot(&begun, &lock, &map, at, seen, visit) {
+                Err(error) if error == EBUSY => continue,
+                result => return result,
+            }
+        }
+        Err(EBUSY)
+    }
+
+    /// Has `look` look at the pages of `[addr, addr + len)`, up to 512 at a time, and writes its
+    /// answers for them to the array at `user`. It is given the first address, and places for what
+    /// is seen and for the answers.
+    fn look<A: Copy + Default + FromBytes + IntoBytes>(
+        &self,
         addr: u64,
         len: u64,
         user: u64,
-        answer: impl Fn(&PageMap<DeviceMemory>, Seen, Option<Seen>) -> A,
+        look: impl Fn(usize, &mut [Seen], &mut [A]) -> Result,
     ) -> Result {
         const BATCH: usize = 512;
 
@@ -185,7 +222,6 @@ impl Client {
         let pages = (end - start) / PAGE_BYTES;
         let bytes = pages.checked_mul(size_of::<A>()).ok_or(EINVAL)?;
         let mut writer = UserSlice::new(UserPtr::from_addr(usize::try_from(user)?), bytes).writer();
-        let mirror = self.mirror(mm)?;
         let mut seen = KVec::from_elem(Seen::default(), BATCH.min(pages), GFP_KERNEL)?;
         let mut answers = KVec::from_elem(A::default(), BATCH.min(pages), GFP_KERNEL)?;
         for at in (start..end).step_by(BATCH * PAGE_BYTES) {
@@ -197,15 +233,7 @@ impl Client {
                 seen.get_mut(..count).ok_or(EINVAL)?,
                 answers.get_mut(..count).ok_or(EINVAL)?,
             );
-            {
-                let lock = ReadLocked::new(mm)?;
-                let map = self.gate.enter()?;
-                mirror.snapshot(&lock, &map, at, seen, |i, seen, entry| {
-                    if let Some(place) = answers.get_mut(i) {
-                        *place = answer(&map, seen, entry);
-                    }
-                })?;
-            }
+            look(at, seen, answers)?;
             writer.write_slice(answers.as_mut_bytes())?;
         }
         Ok(())
@@ -215,19 +243,22 @@ impl Client {
         let (mut mirror, user) =
             UserStructure::read::<hmm_gpu_mirror>(number, argument, SMALLEST_MIRROR)?;
         require(mirror.flags == 0 && mirror.reserved == [0; 5])?;
-        let shape = {
-            let made = self.mirror(mm)?;
+        let made = self.mirror(mm)?;
+        let shape = loop {
             let map = self.gate.enter()?;
-            loop {
-                match made.root(&map) {
-                    Err(error) if error == EAGAIN => map.data().sleep.wait()?,
-                    result => break result?,
+            let root = made.root(&map);
+            let sleep = map.data().sleep.clone();
+            match root {
+                Ok(()) => break made.shape(&map)?,
+                Err(error) if error == EAGAIN => {
+                    drop(map);
+                    sleep.wait()?;
                 }
+                Err(error) => return Err(error),
             }
-            made.shape(&map)
         };
         mirror.levels = shape.levels;
-        mirror.root_offset = shape.root.ok_or(ENOSPC)?;
+        mirror.root_offset = shape.root.ok_or(EBUSY)?;
         // CAST: All widen.
         mirror.nodes = shape.nodes as u64;
         mirror.entries = shape.entries as u64;

@@ -20,6 +20,7 @@ use crate::{
 };
 use kernel::{
     prelude::*,
+    sync::Arc,
     time::{delay::fsleep, Delta, Instant, Monotonic},
 };
 
@@ -46,8 +47,7 @@ pub(crate) struct DeviceMemory {
     #[pin]
     pub(crate) alloc: Allocator,
     pub(crate) counters: Counters,
-    #[pin]
-    pub(crate) sleep: Sleep,
+    pub(crate) sleep: Arc<Sleep>,
     #[cfg(CONFIG_KASAN)]
     poison: crate::poison::Poison,
 }
@@ -66,7 +66,7 @@ impl DeviceMemory {
             vram,
             alloc <- alloc,
             counters: Counters::new(),
-            sleep <- Sleep::new(),
+            sleep: Arc::pin_init(Sleep::new(), GFP_KERNEL)?,
         })
     }
 
@@ -179,7 +179,9 @@ impl Ops for DeviceMemory {
                 pr_warn!(
                     "hmm_gpu{}: {} pages still in VRAM after {} s of trying to move them out\n",
                     map.data().identity.unit,
-                    map.data().alloc.used(),
+                    map.live_folios(0)
+                        .map(|(_, order)| 1usize << order)
+                        .sum::<usize>(),
                     waited / 1000
                 );
                 report_at = waited + REPORT_MS;
@@ -189,6 +191,8 @@ impl Ops for DeviceMemory {
 
     fn unregistered(map: &PageMap<Self>) {
         let memory = map.data();
+        #[cfg(CONFIG_KASAN)]
+        memory.poison.check_all(&memory.vram, memory.identity.unit);
         // The next driver of the BAR may hand out what is in it.
         if let Vram::Pci(bar) = &memory.vram {
             memory.alloc.for_each_block(|offset| {

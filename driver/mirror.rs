@@ -178,24 +178,79 @@ impl<'a> Service<'a> {
         self.count();
         self.refuse_beyond(base);
         for attempt in 0..ATTEMPTS {
-            if !self
-                .window
-                .iter()
-                .any(|page| matches!(page, Page::Wanted(_)))
-            {
-                return Ok(());
+            if !self.is_wanted() {
+                break;
             }
             if current!().signal_pending() {
                 return Err(EINTR);
             }
-            if attempt < MIGRATE_ATTEMPTS {
-                self.migrate(base)?;
+            // Nodes come first: what moves to the device takes VRAM too.
+            if self.survey(base)? && self.prepare(base)? {
+                if attempt < MIGRATE_ATTEMPTS {
+                    self.migrate(base)?;
+                }
+                self.map(base)?;
             }
-            self.map(base)?;
             self.fault_in(base)?;
         }
         self.fail_wanted(EBUSY);
+        // So that nobody can have tables for nothing.
+        let mapped = |page: &Page| matches!(page, Page::Mapped { .. });
+        if !self.window.iter().any(mapped) {
+            let map = self.gate.enter()?;
+            self.mirror.trim(&map, base);
+        }
         Ok(())
+    }
+
+    fn is_wanted(&self) -> bool {
+        let wanted = |page: &Page| matches!(page, Page::Wanted(_));
+        self.window.iter().any(wanted)
+    }
+
+    /// Looks at the mappings of what is wanted: refuses shadow stacks, and returns whether there is
+    /// anything that may be mapped.
+    fn survey(&mut self, base: usize) -> Result<bool> {
+        let lock = ReadLocked::new(self.mm)?;
+        let mut may_be_mapped = false;
+        let mut from = 0;
+        while let Some((first, end, _)) = self.next_run(from) {
+            let at = base + first * PAGE_BYTES;
+            let stop = base + end * PAGE_BYTES;
+            let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < stop) else {
+                from = end;
+                continue;
+            };
+            let covered = (vma.start().max(at) - base) / PAGE_BYTES
+                ..(vma.end().min(stop) - base) / PAGE_BYTES;
+            from = covered.end;
+            if vma.is_shadow_stack() {
+                for page in self.window.get_mut(covered).unwrap_or_default() {
+                    *page = Page::Failed(EACCES);
+                }
+            } else if vma.flags() & flags::READ != 0 {
+                may_be_mapped = true;
+            }
+        }
+        Ok(may_be_mapped)
+    }
+
+    /// Has the device page table have nodes for the window. Returns whether there is anything wanted
+    /// still.
+    fn prepare(&mut self, base: usize) -> Result<bool> {
+        let map = self.gate.enter()?;
+        let result = self.mirror.prepare(&map, base);
+        let sleep = map.data().sleep.clone();
+        drop(map);
+        match result {
+            Ok(()) => Ok(true),
+            Err(error) if error == EAGAIN => sleep.wait().map(|()| true),
+            Err(error) if error == ENODEV => Err(error),
+            Err(error) => {
+                self.fail_wanted(error);
+                Ok(false)
+            }
+        }
     }
 
     fn count(&self) {
@@ -258,18 +313,6 @@ impl<'a> Service<'a> {
 
     /// Makes entries for what is there for what is wanted of it.
     fn map(&mut self, base: usize) -> Result {
-        {
-            let map = self.gate.enter()?;
-            match self.mirror.prepare(&map, base) {
-                Ok(()) => (),
-                Err(error) if error == EAGAIN => return map.data().sleep.wait(),
-                Err(error) => {
-                    drop(map);
-                    self.fail_wanted(error);
-                    return Ok(());
-                }
-            }
-        }
         let Some((first, _, _)) = self.next_run(0) else {
             return Ok(());
         };
@@ -278,9 +321,11 @@ impl<'a> Service<'a> {
         let pages = self.window.get_mut(first..=last).ok_or(EINVAL)?;
         let seen = self.seen.get_mut(..pages.len()).ok_or(EINVAL)?;
         let pages = core::cell::Cell::from_mut(pages).as_slice_of_cells();
+        let begun = self.mirror.begin();
         let lock = ReadLocked::new(self.mm)?;
         let map = self.gate.enter()?;
         let result = self.mirror.map(
+            &begun,
             &lock,
             &map,
             base + first * PAGE_BYTES,
@@ -312,10 +357,8 @@ impl<'a> Service<'a> {
         while let Some((first, end, access)) = self.next_run(from) {
             from = end;
             let at = |i: usize| base + i * PAGE_BYTES;
-            let Err(error) = self
-                .mirror
-                .fault_in(at(first), at(end), access, &mut self.seen)
-            else {
+            let result = self.fault_in_pages(at(first), at(end), access);
+            let Err(error) = result else {
                 continue;
             };
             self.not_in(at(first), first, end - first == 1, error)?;
@@ -324,15 +367,20 @@ impl<'a> Service<'a> {
             }
             // One of them cannot be had. Which one?
             for i in first..end {
-                if let Err(error) = self
-                    .mirror
-                    .fault_in(at(i), at(i + 1), access, &mut self.seen)
-                {
+                if current!().signal_pending() {
+                    return Err(EINTR);
+                }
+                if let Err(error) = self.fault_in_pages(at(i), at(i + 1), access) {
                     self.not_in(at(i), i, true, error)?;
                 }
             }
         }
         Ok(())
+    }
+
+    fn fault_in_pages(&mut self, start: usize, end: usize, access: Access) -> Result {
+        self.mirror
+            .fault_in(self.mm, start, end, access, &mut self.seen)
     }
 
     /// Faulting in page `i`, at `addr`, has failed; `alone` if it was asked for alone.

@@ -35,6 +35,13 @@ impl Poison {
             .for_each(|filled| filled.store(false, Relaxed));
     }
 
+    /// Everything that is free must be as it was left, on device `unit`.
+    pub(crate) fn check_all(&self, vram: &Mapping, unit: u32) {
+        for page in 0..self.filled.len() {
+            self.check(vram, unit, page, 0);
+        }
+    }
+
     fn pages(&self, index: usize, order: u32) -> impl Iterator<Item = (usize, &Atomic<bool>)> {
         self.filled.iter().enumerate().skip(index).take(1 << order)
     }

@@ -108,15 +108,14 @@ impl<H: Home> Node<H> {
     }
 
     /// Clears the entries of `[start, end)`, which is inside what this node at `level` stands for.
-    /// Returns how many there were. Nodes that this leaves empty, and that stand for nothing else,
-    /// go to `retired`.
+    /// Returns how many there were. With `retired`, nodes that are empty now go there.
     fn clear(
         &mut self,
         level: u32,
         start: usize,
         end: usize,
         store: Option<&H::Store>,
-        retired: &mut Option<KBox<Node<H>>>,
+        mut retired: Option<&mut Retired<H>>,
     ) -> usize {
         let mut cleared = 0;
         if self.count == 0 {
@@ -141,13 +140,12 @@ impl<H: Home> Node<H> {
                     };
                     let first = (start & !(span(level + 1) - 1)) + slot * span(level);
                     let (from, to) = (start.max(first), end.min(first + span(level)));
-                    cleared += child.clear(level - 1, from, to, store, retired);
-                    if child.count > 0 || to - from < span(level) {
+                    cleared += child.clear(level - 1, from, to, store, retired.as_deref_mut());
+                    let Some(retired) = retired.as_deref_mut().filter(|_| child.count == 0) else {
                         continue;
-                    }
-                    if let Some(mut child) = link.take() {
-                        child.next = retired.take();
-                        *retired = Some(child);
+                    };
+                    if let Some(child) = link.take() {
+                        retired.add(child);
                     }
                 }
             }
@@ -157,6 +155,62 @@ impl<H: Home> Node<H> {
             }
         }
         cleared
+    }
+
+    /// Takes out the nodes below this one that are empty.
+    fn compact(&mut self, store: &H::Store, retired: &mut Retired<H>) {
+        let Body::Inner(children) = &mut self.body else {
+            return;
+        };
+        for (slot, link) in children.iter_mut().enumerate() {
+            let Some(child) = link.as_deref_mut() else {
+                continue;
+            };
+            child.compact(store, retired);
+            if child.count > 0 {
+                continue;
+            }
+            if let Some(child) = link.take() {
+                retired.add(child);
+                self.count -= 1;
+                self.home.write(store, slot, 0);
+            }
+        }
+    }
+}
+
+/// Nodes that were taken out of a tree. They have no entries.
+pub(crate) struct Retired<H: Home> {
+    first: Option<KBox<Node<H>>>,
+    count: usize,
+}
+
+impl<H: Home> Retired<H> {
+    const fn new() -> Self {
+        Self {
+            first: None,
+            count: 0,
+        }
+    }
+
+    fn add(&mut self, mut node: KBox<Node<H>>) {
+        node.next = self.first.take();
+        self.first = Some(node);
+        self.count += 1;
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+}
+
+impl<H: Home> Drop for Retired<H> {
+    fn drop(&mut self) {
+        // One by one: to drop the first would drop the next within, and so on.
+        while let Some(mut node) = self.first.take() {
+            self.first = node.next.take();
+        }
     }
 }
 
@@ -185,7 +239,6 @@ impl<H: Home> Spare<H> {
 pub(crate) struct Tree<H: Home> {
     levels: u32,
     root: Option<KBox<Node<H>>>,
-    retired: Option<KBox<Node<H>>>,
     nodes: usize,
     entries: usize,
 }
@@ -196,7 +249,6 @@ impl<H: Home> Tree<H> {
         Self {
             levels: levels(end),
             root: None,
-            retired: None,
             nodes: 0,
             entries: 0,
         }
@@ -204,8 +256,9 @@ impl<H: Home> Tree<H> {
 
     /// Gives the tree a root, made for its highest level, unless it has one. Without, the first
     /// [`Tree::grow`] does.
-    pub(crate) fn plant(&mut self, root: KBox<Node<H>>) {
+    pub(crate) fn plant(&mut self, root: KBox<Node<H>>, store: &H::Store) {
         if self.root.is_none() {
+            H::fence(store);
             self.root = Some(root);
             self.nodes += 1;
         }
@@ -355,33 +408,65 @@ impl<H: Home> Tree<H> {
 
     /// Clears the entries of the pages in `[start, end)` and returns how many were set. Without a
     /// `store`, the device's copy stays as it is.
-    ///
-    /// Nodes of which nothing is left are taken out: see [`Tree::take_retired`].
     pub(crate) fn clear(&mut self, start: usize, end: usize, store: Option<&H::Store>) -> usize {
+        self.clear_and(start, end, store, None)
+    }
+
+    /// As [`Tree::clear`], and takes out the nodes of the range that are empty then, but for the
+    /// root. They are to be dropped where that can be done, and when no device walks the table any
+    /// more that may have seen them.
+    pub(crate) fn prune(
+        &mut self,
+        start: usize,
+        end: usize,
+        store: Option<&H::Store>,
+    ) -> (usize, Retired<H>) {
+        let mut retired = Retired::new();
+        let cleared = self.clear_and(start, end, store, Some(&mut retired));
+        self.nodes -= retired.count;
+        (cleared, retired)
+    }
+
+    /// Takes out all nodes that are empty, but for the root, if there are more nodes than entries
+    /// can account for, by `limit`.
+    pub(crate) fn compact(&mut self, limit: usize, store: &H::Store) -> Retired<H> {
+        let mut retired = Retired::new();
+        // CAST: Widens.
+        let accounted_for = self.entries * self.levels as usize;
+        if self.nodes > accounted_for + limit {
+            if let Some(root) = self.root.as_deref_mut() {
+                root.compact(store, &mut retired);
+            }
+        }
+        self.nodes -= retired.count;
+        retired
+    }
+
+    /// Takes out the nodes on the way to the page at `addr` that are empty, but for the root.
+    pub(crate) fn trim(&mut self, addr: usize, store: &H::Store) -> Retired<H> {
+        let empty = self.leaf(addr).is_some_and(|leaf| leaf.count == 0);
+        if empty {
+            self.prune(addr, addr + 1, Some(store)).1
+        } else {
+            Retired::new()
+        }
+    }
+
+    fn clear_and(
+        &mut self,
+        start: usize,
+        end: usize,
+        store: Option<&H::Store>,
+        retired: Option<&mut Retired<H>>,
+    ) -> usize {
         let top = self.levels - 1;
         let end = end.min(span(top).saturating_mul(FANOUT));
         let Some(root) = self.root.as_deref_mut().filter(|_| start < end) else {
             return 0;
         };
-        let cleared = root.clear(top, start, end, store, &mut self.retired);
+        let cleared = root.clear(top, start, end, store, retired);
         self.entries -= cleared;
         cleared
-    }
-
-    /// One of the nodes that were taken out, to be dropped where that can be done: when no device
-    /// walks the table any more that may have seen it.
-    pub(crate) fn take_retired(&mut self) -> Option<KBox<Node<H>>> {
-        let mut node = self.retired.take()?;
-        self.retired = node.next.take();
-        self.nodes -= 1;
-        Some(node)
-    }
-}
-
-impl<H: Home> Drop for Tree<H> {
-    fn drop(&mut self) {
-        // One by one: to drop the first would drop the next within, and so on.
-        while self.take_retired().is_some() {}
     }
 }
 

@@ -8,7 +8,7 @@
 //! Rules that hold for every call:
 //!
 //! - Lengths are bytes. Addresses and lengths are multiples of [`HMM_GPU_PAGE_BYTES`], or the call
-//!   says `EINVAL`.
+//!   says `EINVAL`; those of `ACCESS` and `FAULT` may be any.
 //! - Fields named `flags` and `reserved` must be zero unless a flag is listed for them; anything
 //!   else is `EINVAL`.
 //! - Structures grow at their end only. The size a caller knows travels in the call's number. A
@@ -218,14 +218,15 @@ pub struct hmm_gpu_counters {
     pub cpu_faults: u64,
     /// CPU faults that found the page busy and were taken again.
     pub cpu_fault_retries: u64,
-    /// Left where they were by a request: what `skipped_bytes` counts.
+    /// Left where they were by a request: what `skipped_bytes` counts. Device faults that were to
+    /// move pages are requests too.
     pub skipped_pages: u64,
     /// Moves that found no VRAM.
     pub vram_failures: u64,
     /// Moves that found no system memory.
     pub system_failures: u64,
-    /// Device faults serviced: misses of `ACCESS`, and pages named by `FAULT` (a page named more
-    /// than once counts once).
+    /// Pages for which device faults were serviced: those that misses of `ACCESS` brought up, and
+    /// those named by `FAULT` (a page named more than once counts once).
     pub device_faults: u64,
     /// Entries written to device page tables.
     pub mapped_pages: u64,
@@ -317,7 +318,7 @@ pub const HMM_GPU_POLICY_NONE: u32 = 2;
 /// that overlap, field that the operation does not use not zero, reserved field not zero), `EFAULT`
 /// (nothing is mapped at `fault_addr`, or nothing that a device can reach, or it leaves user space;
 /// or the buffer cannot be read or written), `EACCES` (the mapping at `fault_addr` does not allow
-/// it: writing to what can only be read, or anything to what cannot be read), `EAGAIN` (policy
+/// it: writing to what can only be read, anything to what cannot be read, a shadow stack), `EAGAIN` (policy
 /// `NONE`: the table has no entry for `fault_addr`), `EBUSY` (the page at `fault_addr` changed place
 /// too often), `ENOSPC` (no VRAM for the table), `ENOMEM`, `EHWPOISON` (the memory at `fault_addr`
 /// turned out to be broken; where the kernel knew before, it is `EFAULT`), `EINTR` (a signal came),
@@ -348,7 +349,8 @@ pub struct hmm_gpu_access {
     /// Out: where a miss ended the call; zero otherwise.
     pub fault_addr: u64,
     /// Out: with `EAGAIN`, the entry that the device found for `fault_addr` (`HMM_GPU_PTE_*`), zero
-    /// if the table has no node for it. The device has set [`HMM_GPU_PTE_REQUESTED`] in it since.
+    /// if the table has no node for it. If it is not valid, the device has set
+    /// [`HMM_GPU_PTE_REQUESTED`] in it since.
     pub entry: u64,
     /// In: must be zero.
     pub reserved: [u64; 2],
@@ -373,8 +375,8 @@ pub struct hmm_gpu_device_fault {
     /// In: `HMM_GPU_ACCESS_READ` or `HMM_GPU_ACCESS_WRITE`.
     pub access: u32,
     /// Out: zero if the page was mapped for this access, or an errno, positive: `EFAULT`, `EACCES`,
-    /// `EBUSY`, `ENOSPC`, `ENOMEM`, `EHWPOISON` as for `ACCESS`; `ECANCELED` if the call ended
-    /// before it came to this one.
+    /// `EBUSY`, `ENOSPC`, `ENOMEM` as for `ACCESS`; `ECANCELED` if the call ended before it came to
+    /// this one.
     pub status: u32,
 }
 
@@ -439,7 +441,9 @@ pub const HMM_GPU_SNAPSHOT_PAGE_SHIFT: u32 = 20;
 /// Tells what is at each page of `[addr, addr + len)` and what the file's device page table has for
 /// it: one `u64` a page (`HMM_GPU_SNAPSHOT_*`), at `entries_ptr`. Moves and populates nothing.
 ///
-/// Of each 512 pages (2 MiB, from `addr` on) the answer was true for all at the same moment.
+/// Of each 512 pages (2 MiB, from `addr` on) what the answer says is there was there for all at the
+/// same moment. Where it says that nothing is there, or that it is not writable, that may have
+/// changed by then.
 ///
 /// Errors: as `RESIDENCY`.
 #[repr(C)]

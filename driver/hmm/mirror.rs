@@ -77,18 +77,15 @@ struct State<T: Table> {
     tree: Tree<T::Home>,
     /// The epoch in which the tree was begun: in another, the device's copy is lost.
     epoch: u64,
+    /// How often entries were made.
+    generation: u64,
     invalidations: u64,
 }
 
-impl<T: Table> State<T> {
-    /// Forgets the tree, if it is of the past.
-    fn renew(&mut self, map: &PageMap<T>) {
-        let epoch = map.data().epoch();
-        if self.epoch != epoch {
-            self.epoch = epoch;
-            self.tree = Tree::new(user_end());
-        }
-    }
+/// The beginning of a look: see [`Mirror::begin`].
+pub(crate) struct Begun {
+    seq: usize,
+    generation: u64,
 }
 
 /// An address space as one device sees it.
@@ -98,7 +95,7 @@ impl<T: Table> State<T> {
 /// - `raw` is registered (`mmu_interval_notifier_insert`) for all of user space.
 /// - While the lock of `state` is held, the page that an entry of the tree names is mapped at the
 ///   entry's address in the address space, writable if the entry has `WRITE`: so it is valid. It is
-///   directly mapped system memory, or a page of `T`'s owner.
+///   directly mapped system memory, or a page of the page map that `gate` leads to.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Mirror<T: Table> {
     #[pin]
@@ -169,6 +166,7 @@ impl<T: Table> Mirror<T> {
             state <- new_mutex!(State {
                 tree: Tree::new(user_end()),
                 epoch: 0,
+                generation: 0,
                 invalidations: 0,
             }),
             // Last, since from here on the kernel calls. There are no entries yet.
@@ -191,7 +189,7 @@ impl<T: Table> Mirror<T> {
     ) -> bool {
         // SAFETY: The notifier is in a `Mirror<T>`, which removes it before it goes. The range is
         // valid for the call.
-        let (this, start, end, blockable) = unsafe {
+        let (this, start, end, blockable, unmap) = unsafe {
             (
                 &*kernel::container_of!(
                     raw.cast::<Opaque<bindings::mmu_interval_notifier>>(),
@@ -201,6 +199,11 @@ impl<T: Table> Mirror<T> {
                 (*range).start,
                 (*range).end,
                 (*range).flags & bindings::MMU_NOTIFIER_RANGE_BLOCKABLE != 0,
+                matches!(
+                    (*range).event,
+                    bindings::mmu_notifier_event_MMU_NOTIFY_UNMAP
+                        | bindings::mmu_notifier_event_MMU_NOTIFY_RELEASE
+                ),
             )
         };
         // Once the device is gone nobody reads its copy.
@@ -218,57 +221,56 @@ impl<T: Table> Mirror<T> {
         unsafe { bindings::hmm_gpu_mmu_interval_set_seq(raw, seq) };
         let current = map.as_ref().filter(|map| map.data().epoch() == state.epoch);
         let store = current.map(|map| map.data().store());
-        if state.tree.clear(start, end, store) > 0 {
+        // What is unmapped may be so for good; what only changes comes back.
+        let (cleared, retired) = if unmap {
+            let (cleared, retired) = state.tree.prune(start, end, store);
+            (cleared, Some(retired))
+        } else {
+            (state.tree.clear(start, end, store), None)
+        };
+        if cleared > 0 {
             state.invalidations += 1;
             if let Some(map) = &map {
-                // The device sees that the entries are gone before it sees anything that is written
-                // to the pages they named: those writes go the same way, after this.
-                Written::wait();
                 map.data().invalidated();
             }
         }
+        drop(state);
+        if cleared > 0 || retired.as_ref().is_some_and(|retired| retired.count() > 0) {
+            // The device sees that they are gone before it sees anything that is written to the
+            // pages they named, or were in: those writes go the same way, after this.
+            Written::wait();
+        }
+        // Not under the lock. This frees memory and takes spinlocks, as may be done anywhere.
+        drop(retired);
         true
     }
 
     /// Takes the lock, to use the tree.
-    fn lock(&self, map: &PageMap<T>) -> Guard<'_, State<T>, MutexBackend> {
-        let mut state = self.state.lock();
-        state.renew(map);
-        state
+    ///
+    /// Fails with `ENODEV` if `map` is not what the gate leads to, which it does no longer once the
+    /// device goes: from then on invalidations do not reach the device's copy.
+    fn lock(&self, map: &PageMap<T>) -> Result<Guard<'_, State<T>, MutexBackend>> {
+        loop {
+            let mut state = self.state.lock();
+            if !self.gate.leads_to(map) {
+                return Err(ENODEV);
+            }
+            let epoch = map.data().epoch();
+            if state.epoch == epoch {
+                return Ok(state);
+            }
+            // The tree is of the past.
+            state.epoch = epoch;
+            let tree = core::mem::replace(&mut state.tree, Tree::new(user_end()));
+            drop(state);
+            drop(tree);
+        }
     }
 
-    /// Looks at `seen.len()` pages from `start` on, with the mmap lock held. Nothing is faulted in.
-    /// What was seen is true as long as `mmu_interval_read_retry` has nothing against the number
-    /// that is returned.
-    ///
-    /// Fails with `EBUSY` if the address space kept changing.
-    fn look_once(&self, lock: &ReadLocked<'_>, start: usize, seen: &mut [Seen]) -> Result<usize> {
-        const ATTEMPTS: usize = 64;
-
+    /// Whether this is a mirror of `mm`.
+    fn is_of(&self, mm: &MmWithUser) -> bool {
         // SAFETY: Registered, so its address space is valid to compare.
-        if unsafe { (*self.raw.get()).mm } != lock.mm().as_raw() {
-            return Err(EINVAL);
-        }
-        for _ in 0..ATTEMPTS {
-            seen.fill(Seen(0));
-            let mut range = bindings::hmm_range {
-                notifier: self.raw.get(),
-                // SAFETY: The notifier is registered.
-                notifier_seq: unsafe { bindings::mmu_interval_read_begin(self.raw.get()) },
-                start,
-                end: start + seen.len() * PAGE_BYTES,
-                hmm_pfns: seen.as_mut_ptr().cast(),
-                default_flags: 0,
-                pfn_flags_mask: 0,
-                dev_private_owner: T::owner().as_raw(),
-            };
-            // SAFETY: The lock is held and the array has a word for each page of the range.
-            match to_result(unsafe { bindings::hmm_range_fault(&mut range) }) {
-                Err(error) if error == EBUSY => continue,
-                result => return result.map(|()| range.notifier_seq),
-            }
-        }
-        Err(EBUSY)
+        unsafe { (*self.raw.get()).mm == mm.as_raw() }
     }
 
     /// Looks at `seen.len()` pages from `start` on, with the mmap lock held. Nothing is faulted in.
@@ -276,22 +278,81 @@ impl<T: Table> Mirror<T> {
     /// The answer was true at one moment for each page. Fails with `EBUSY` if the address space
     /// kept changing.
     pub(crate) fn look(&self, lock: &ReadLocked<'_>, start: usize, seen: &mut [Seen]) -> Result {
-        self.look_once(lock, start, seen).map(drop)
+        const ATTEMPTS: usize = 64;
+
+        for _ in 0..ATTEMPTS {
+            // Not `mmu_interval_read_begin`, which waits until nobody changes the address space:
+            // for ever, if others see to that.
+            // SAFETY: The notifier is registered.
+            let seq = unsafe { bindings::hmm_gpu_mmu_interval_seq(self.raw.get()) };
+            match self.look_since(seq, lock, start, seen) {
+                Err(error) if error == EBUSY => continue,
+                result => return result,
+            }
+        }
+        Err(EBUSY)
+    }
+
+    /// Looks, as [`Mirror::look`] does. Fails with `EBUSY` if `seq` is not the number any more.
+    fn look_since(
+        &self,
+        seq: usize,
+        lock: &ReadLocked<'_>,
+        start: usize,
+        seen: &mut [Seen],
+    ) -> Result {
+        if !self.is_of(lock.mm()) {
+            return Err(EINVAL);
+        }
+        seen.fill(Seen(0));
+        let mut range = bindings::hmm_range {
+            notifier: self.raw.get(),
+            notifier_seq: seq,
+            start,
+            end: start + seen.len() * PAGE_BYTES,
+            hmm_pfns: seen.as_mut_ptr().cast(),
+            default_flags: 0,
+            pfn_flags_mask: 0,
+            dev_private_owner: T::owner().as_raw(),
+        };
+        // SAFETY: The lock is held and the array has a word for each page of the range.
+        to_result(unsafe { bindings::hmm_range_fault(&mut range) })
+    }
+
+    /// Begins a look whose answer must be true when it is used.
+    ///
+    /// Waits until nobody changes the address space (`mmu_interval_read_begin`), which may be long:
+    /// no lock may be held, and nothing be lent.
+    pub(crate) fn begin(&self) -> Begun {
+        // Before the number: an entry that was made before is for what was there at the look.
+        let generation = self.state.lock().generation;
+        Begun {
+            // SAFETY: The notifier is registered.
+            seq: unsafe { bindings::mmu_interval_read_begin(self.raw.get()) },
+            generation,
+        }
     }
 
     /// Looks at pages, and has `visit` see what was there at the same moment: in the address space,
     /// and in the device page table.
     ///
-    /// Fails with `EBUSY` if the address space kept changing.
+    /// What was seen was there at one moment for all pages. Something may have come since to where
+    /// nothing was, or more may be allowed since, for that is told to nobody.
+    ///
+    /// Fails with `EBUSY` if the address space or the table has changed since `begun`.
     pub(crate) fn snapshot(
         &self,
+        begun: &Begun,
         lock: &ReadLocked<'_>,
         map: &PageMap<T>,
         start: usize,
         seen: &mut [Seen],
         mut visit: impl FnMut(usize, Seen, Option<Seen>),
     ) -> Result {
-        self.when_stable(lock, map, start, seen, |state, seen| {
+        self.when_stable(begun, lock, map, start, seen, |state, seen| {
+            if state.generation != begun.generation {
+                return Err(EBUSY);
+            }
             for (i, seen) in seen.iter().enumerate() {
                 let entry = state.tree.get(start + i * PAGE_BYTES);
                 // CAST: An entry is a word.
@@ -302,25 +363,24 @@ impl<T: Table> Mirror<T> {
     }
 
     /// Looks at pages, and calls `then` under the lock while what was seen is true.
+    ///
+    /// Fails with `EBUSY` if the address space has changed since `begun`.
     fn when_stable<R>(
         &self,
+        begun: &Begun,
         lock: &ReadLocked<'_>,
         map: &PageMap<T>,
         start: usize,
         seen: &mut [Seen],
         then: impl FnOnce(&mut State<T>, &[Seen]) -> Result<R>,
     ) -> Result<R> {
-        const ATTEMPTS: usize = 64;
-
-        for _ in 0..ATTEMPTS {
-            let seq = self.look_once(lock, start, seen)?;
-            let mut state = self.lock(map);
-            // SAFETY: The notifier is registered and the lock is held.
-            if !unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), seq) } {
-                return then(&mut state, seen);
-            }
+        self.look_since(begun.seq, lock, start, seen)?;
+        let mut state = self.lock(map)?;
+        // SAFETY: The notifier is registered and the lock is held.
+        if unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), begun.seq) } {
+            return Err(EBUSY);
         }
-        Err(EBUSY)
+        then(&mut state, seen)
     }
 
     /// Faults in the pages of `[start, end)`, which are page aligned, as the CPU would: they come to
@@ -330,10 +390,11 @@ impl<T: Table> Mirror<T> {
     /// nothing be lent.
     ///
     /// Fails with `EFAULT` if nothing is mapped or it cannot be read, with `EPERM` if it cannot be
-    /// written to, with `EBUSY` if the address space kept changing for a second, with `ENOMEM`,
-    /// `EHWPOISON` and `EINTR`. Then some of the pages may have been faulted in.
+    /// written to, with `EBUSY` if the address space kept changing for a second, with `ENOMEM` and
+    /// `EINTR`. Then some of the pages may have been faulted in.
     pub(crate) fn fault_in(
         &self,
+        mm: &MmWithUser,
         start: usize,
         end: usize,
         access: Access,
@@ -341,6 +402,9 @@ impl<T: Table> Mirror<T> {
     ) -> Result {
         let pages = end.checked_sub(start).ok_or(EINVAL)? / PAGE_BYTES;
         let scratch = scratch.get_mut(..pages).ok_or(EINVAL)?;
+        if !self.is_of(mm) {
+            return Err(EINVAL);
+        }
         if end > user_end() {
             return Err(EFAULT);
         }
@@ -369,24 +433,24 @@ impl<T: Table> Mirror<T> {
     /// Fails with `EAGAIN` as long as the device's memory cannot be used, with `ENOMEM`, and as
     /// [`Table::home`].
     pub(crate) fn root(&self, map: &PageMap<T>) -> Result {
-        loop {
-            let (root, epoch, levels) = {
-                let state = self.lock(map);
-                (state.tree.root(), state.epoch, state.tree.levels())
-            };
-            if root.is_some() {
-                return Ok(());
-            }
-            if epoch % 2 != 0 {
-                return Err(EAGAIN);
-            }
-            let home = T::home(&self.gate, map)?;
-            let node = Node::new(home, levels - 1, GFP_KERNEL_ACCOUNT)?;
-            let mut state = self.lock(map);
-            if state.epoch == epoch {
-                state.tree.plant(node);
-            }
+        let (root, epoch, levels) = {
+            let state = self.lock(map)?;
+            (state.tree.root(), state.epoch, state.tree.levels())
+        };
+        if root.is_some() {
+            return Ok(());
         }
+        if epoch % 2 != 0 {
+            return Err(EAGAIN);
+        }
+        let home = T::home(&self.gate, map)?;
+        let node = Node::new(home, levels - 1, GFP_KERNEL_ACCOUNT)?;
+        let mut state = self.lock(map)?;
+        if state.epoch != epoch {
+            return Err(EAGAIN);
+        }
+        state.tree.plant(node, map.data().store());
+        Ok(())
     }
 
     /// Has the device page table have nodes for the 2 MiB that `addr` is in. Fails as
@@ -394,34 +458,40 @@ impl<T: Table> Mirror<T> {
     ///
     /// They may be gone again when something was unmapped there since.
     pub(crate) fn prepare(&self, map: &PageMap<T>, addr: usize) -> Result {
-        loop {
-            let (missing, epoch, retired) = {
-                let mut state = self.lock(map);
-                (
-                    state.tree.missing(addr),
-                    state.epoch,
-                    state.tree.take_retired(),
-                )
-            };
-            // Not under the lock: this gives back memory.
-            if let Some(node) = retired {
-                drop(node);
-                continue;
-            }
-            if missing == 0 {
-                return Ok(());
-            }
-            if epoch % 2 != 0 {
-                return Err(EAGAIN);
-            }
-            let mut spare = Spare::new(missing, GFP_KERNEL_ACCOUNT, || T::home(&self.gate, map))?;
-            let mut state = self.lock(map);
-            // What was made may have been lost, or be too little by now.
-            if state.epoch == epoch && state.tree.missing(addr) <= missing {
-                state.tree.grow(addr, &mut spare, map.data().store())?;
-            }
-            drop(state);
+        // What was cleared leaves empty nodes, for what comes back. So many of them.
+        const EMPTY_NODES: usize = 64;
+
+        let (missing, epoch, retired) = {
+            let mut state = self.lock(map)?;
+            let retired = state.tree.compact(EMPTY_NODES, map.data().store());
+            (state.tree.missing(addr), state.epoch, retired)
+        };
+        Written::wait();
+        drop(retired);
+        if missing == 0 {
+            return Ok(());
         }
+        if epoch % 2 != 0 {
+            return Err(EAGAIN);
+        }
+        let mut spare = Spare::new(missing, GFP_KERNEL_ACCOUNT, || T::home(&self.gate, map))?;
+        let mut state = self.lock(map)?;
+        // What was made may have been lost, or be too little by now: then the caller comes again.
+        if state.epoch == epoch && state.tree.missing(addr) <= missing {
+            state.tree.grow(addr, &mut spare, map.data().store())?;
+        }
+        // Before what was not needed is given back.
+        drop(state);
+        Ok(())
+    }
+
+    /// Gives back the nodes for the 2 MiB that `addr` is in, if there are no entries in them.
+    pub(crate) fn trim(&self, map: &PageMap<T>, addr: usize) {
+        let retired = self
+            .lock(map)
+            .map(|mut state| state.tree.trim(addr, map.data().store()));
+        Written::wait();
+        drop(retired);
     }
 
     /// Looks at pages, with the mmap lock held, and makes entries for those that are there for what
@@ -429,9 +499,10 @@ impl<T: Table> Mirror<T> {
     /// the number of each, and of those that the device can never have. Nothing is faulted in.
     ///
     /// All of them are in the same 2 MiB. Without nodes for those (see [`Mirror::prepare`]) nothing
-    /// is done.
+    /// is done. Fails with `EBUSY` if the address space has changed since `begun`.
     pub(crate) fn map(
         &self,
+        begun: &Begun,
         lock: &ReadLocked<'_>,
         map: &PageMap<T>,
         start: usize,
@@ -441,7 +512,7 @@ impl<T: Table> Mirror<T> {
     ) -> Result {
         let store = map.data().store();
         let mut mapped = 0;
-        self.when_stable(lock, map, start, seen, |state, seen| {
+        self.when_stable(begun, lock, map, start, seen, |state, seen| {
             if state.tree.missing(start) > 0 {
                 return Ok(());
             }
@@ -480,6 +551,9 @@ impl<T: Table> Mirror<T> {
                         Mapped::Device
                     },
                 );
+            }
+            if mapped > 0 {
+                state.generation += 1;
             }
             Written::wait();
             Ok(())
@@ -546,7 +620,7 @@ impl<T: Table> Mirror<T> {
         if len > PAGE_BYTES - offset {
             return Err(EINVAL);
         }
-        let state = self.lock(map);
+        let state = self.lock(map)?;
         let store = map.data().store();
         let Some(root) = state.tree.root() else {
             return Ok(Err(Miss { word: 0 }));
@@ -588,15 +662,15 @@ impl<T: Table> Mirror<T> {
     }
 
     /// What the device page table is now.
-    pub(crate) fn shape(&self, map: &PageMap<T>) -> Shape {
-        let state = self.lock(map);
-        Shape {
+    pub(crate) fn shape(&self, map: &PageMap<T>) -> Result<Shape> {
+        let state = self.lock(map)?;
+        Ok(Shape {
             levels: state.tree.levels(),
             root: state.tree.root(),
             nodes: state.tree.nodes(),
             entries: state.tree.entries(),
             invalidations: state.invalidations,
-        }
+        })
     }
 }
 

@@ -79,6 +79,12 @@ impl LockedVma<'_> {
         // SAFETY: The reference is to a valid mapping that is locked.
         unsafe { bindings::hmm_gpu_vma_is_anonymous(self.as_ptr()) }
     }
+
+    /// Whether it is a shadow stack, which only calls and returns write to.
+    pub(crate) fn is_shadow_stack(&self) -> bool {
+        // SAFETY: The reference is to a valid mapping that is locked.
+        unsafe { bindings::hmm_gpu_vma_is_shadow_stack(self.as_ptr()) }
+    }
 }
 
 /// The first address that is not user space's.

@@ -54,12 +54,14 @@ bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size);
 
 /* address spaces */
 bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma);
+bool hmm_gpu_vma_is_shadow_stack(const struct vm_area_struct *vma);
 int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm);
 void hmm_gpu_mmap_read_unlock(struct mm_struct *mm);
 unsigned long hmm_gpu_task_size(void);
 int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct mm_struct *mm, unsigned long start,
 				unsigned long length, const struct mmu_interval_notifier_ops *ops);
 void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq);
+unsigned long hmm_gpu_mmu_interval_seq(const struct mmu_interval_notifier *notifier);
 bool hmm_gpu_mmu_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq);
 int hmm_gpu_range_fault(struct hmm_range *range);
 

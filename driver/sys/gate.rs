@@ -45,6 +45,11 @@ impl<T> Gate<T> {
         )
     }
 
+    /// Whether the gate is open and leads to `value`.
+    pub(crate) fn leads_to(&self, value: &T) -> bool {
+        core::ptr::eq(self.value.load(Acquire), value)
+    }
+
     /// The value, until the guard is dropped. Fails with `ENODEV` once it has been taken away.
     ///
     /// The owner waits for the guard: nothing that waits for user space without limit may be done

@@ -110,7 +110,12 @@ enum hmm_gpu_reach hmm_gpu_reach(unsigned long pfn)
 
 	if (is_device_private_page(page))
 		return HMM_GPU_DEVICE;
-	/* The memory of a secret file has no direct mapping. */
+	/*
+	 * The memory of a secret file has no direct mapping. What need not be read to know is not: a machine check here would
+	 * not be survived.
+	 */
+	if (folio_test_anon(page_folio(page)) || is_zero_pfn(pfn))
+		return HMM_GPU_READABLE;
 	if (copy_from_kernel_nofault(&byte, page_address(page), sizeof(byte)))
 		return HMM_GPU_SECRET;
 	return HMM_GPU_READABLE;
@@ -176,6 +181,11 @@ bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma)
 	return vma_is_anonymous((struct vm_area_struct *)vma);
 }
 
+bool hmm_gpu_vma_is_shadow_stack(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_SHADOW_STACK;
+}
+
 int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm)
 {
 	return mmap_read_lock_killable(mm);
@@ -206,6 +216,11 @@ int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct m
 void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq)
 {
 	mmu_interval_set_seq(notifier, seq);
+}
+
+unsigned long hmm_gpu_mmu_interval_seq(const struct mmu_interval_notifier *notifier)
+{
+	return READ_ONCE(notifier->invalidate_seq);
 }
 
 bool hmm_gpu_mmu_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq)
