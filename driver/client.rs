@@ -11,7 +11,7 @@
 use crate::{
     devmem::DeviceMemory,
     hmm::{
-        mirror::{Mirror, Seen},
+        mirror::{Look, Mirror, Seen},
         pagemap::PageMap,
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -198,7 +198,12 @@ impl Client {
                     *answer = snapshot_entry(&map, seen, entry);
                 }
             };
-            match mirror.snapshot(&begun, &lock, &map, at, seen, visit) {
+            let look = Look {
+                begun: &begun,
+                lock: &lock,
+                map: &map,
+            };
+            match mirror.snapshot(look, at, seen, visit) {
                 Err(error) if error == EBUSY => continue,
                 result => return result,
             }

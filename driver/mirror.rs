@@ -10,7 +10,7 @@ use crate::{
     client::MemoryGate,
     devmem::DeviceMemory,
     hmm::{
-        mirror::{Access, Mapped, Mirror, Miss, Seen, Table},
+        mirror::{Access, Look, Mapped, Mirror, Miss, Seen, Table},
         pagemap::PageMap,
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -325,9 +325,11 @@ impl<'a> Service<'a> {
         let lock = ReadLocked::new(self.mm)?;
         let map = self.gate.enter()?;
         let result = self.mirror.map(
-            &begun,
-            &lock,
-            &map,
+            Look {
+                begun: &begun,
+                lock: &lock,
+                map: &map,
+            },
             base + first * PAGE_BYTES,
             seen,
             |i| match pages.get(i)?.get() {

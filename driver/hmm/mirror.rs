@@ -88,6 +88,16 @@ pub(crate) struct Begun {
     generation: u64,
 }
 
+/// What it takes to look at pages such that the answer can be used: taken in this order.
+pub(crate) struct Look<'a, T: Table> {
+    /// [`Mirror::begin`].
+    pub(crate) begun: &'a Begun,
+    /// The mmap lock.
+    pub(crate) lock: &'a ReadLocked<'a>,
+    /// The device.
+    pub(crate) map: &'a PageMap<T>,
+}
+
 /// An address space as one device sees it.
 ///
 /// # Invariants
@@ -339,18 +349,16 @@ impl<T: Table> Mirror<T> {
     /// What was seen was there at one moment for all pages. Something may have come since to where
     /// nothing was, or more may be allowed since, for that is told to nobody.
     ///
-    /// Fails with `EBUSY` if the address space or the table has changed since `begun`.
+    /// Fails with `EBUSY` if the address space or the table has changed since it was begun.
     pub(crate) fn snapshot(
         &self,
-        begun: &Begun,
-        lock: &ReadLocked<'_>,
-        map: &PageMap<T>,
+        look: Look<'_, T>,
         start: usize,
         seen: &mut [Seen],
         mut visit: impl FnMut(usize, Seen, Option<Seen>),
     ) -> Result {
-        self.when_stable(begun, lock, map, start, seen, |state, seen| {
-            if state.generation != begun.generation {
+        self.when_stable(&look, start, seen, |state, seen| {
+            if state.generation != look.begun.generation {
                 return Err(EBUSY);
             }
             for (i, seen) in seen.iter().enumerate() {
@@ -364,20 +372,18 @@ impl<T: Table> Mirror<T> {
 
     /// Looks at pages, and calls `then` under the lock while what was seen is true.
     ///
-    /// Fails with `EBUSY` if the address space has changed since `begun`.
+    /// Fails with `EBUSY` if the address space has changed since it was begun.
     fn when_stable<R>(
         &self,
-        begun: &Begun,
-        lock: &ReadLocked<'_>,
-        map: &PageMap<T>,
+        look: &Look<'_, T>,
         start: usize,
         seen: &mut [Seen],
         then: impl FnOnce(&mut State<T>, &[Seen]) -> Result<R>,
     ) -> Result<R> {
-        self.look_since(begun.seq, lock, start, seen)?;
-        let mut state = self.lock(map)?;
+        self.look_since(look.begun.seq, look.lock, start, seen)?;
+        let mut state = self.lock(look.map)?;
         // SAFETY: The notifier is registered and the lock is held.
-        if unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), begun.seq) } {
+        if unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), look.begun.seq) } {
             return Err(EBUSY);
         }
         then(&mut state, seen)
@@ -499,20 +505,19 @@ impl<T: Table> Mirror<T> {
     /// the number of each, and of those that the device can never have. Nothing is faulted in.
     ///
     /// All of them are in the same 2 MiB. Without nodes for those (see [`Mirror::prepare`]) nothing
-    /// is done. Fails with `EBUSY` if the address space has changed since `begun`.
+    /// is done. Fails with `EBUSY` if the address space has changed since it was begun.
     pub(crate) fn map(
         &self,
-        begun: &Begun,
-        lock: &ReadLocked<'_>,
-        map: &PageMap<T>,
+        look: Look<'_, T>,
         start: usize,
         seen: &mut [Seen],
         wanted: impl Fn(usize) -> Option<Access>,
         mut done: impl FnMut(usize, Mapped),
     ) -> Result {
+        let map = look.map;
         let store = map.data().store();
         let mut mapped = 0;
-        self.when_stable(begun, lock, map, start, seen, |state, seen| {
+        self.when_stable(&look, start, seen, |state, seen| {
             if state.tree.missing(start) > 0 {
                 return Ok(());
             }
