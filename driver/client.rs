@@ -147,6 +147,8 @@ impl Client {
         let (residency, _) =
             UserStructure::read::<hmm_gpu_residency>(number, argument, SMALLEST_RESIDENCY)?;
         require(residency.flags == 0 && residency.reserved == [0; 2])?;
+        // Before its lock is taken: making one takes it for writing.
+        let mirror = self.mirror(mm)?;
         self.look(
             residency.addr,
             residency.len,
@@ -154,7 +156,7 @@ impl Client {
             |at, seen, answers| {
                 let lock = ReadLocked::new(mm)?;
                 let map = self.gate.enter()?;
-                self.mirror(mm)?.look(&lock, at, seen)?;
+                mirror.look(&lock, at, seen)?;
                 for (answer, seen) in answers.iter_mut().zip(seen.iter()) {
                     *answer = place(&map, *seen);
                 }
