@@ -10,7 +10,7 @@ use proptest::sample::Index;
 use crate::alloc::GFP_KERNEL;
 use crate::config;
 use crate::prelude::{Error, Result, EINVAL, ENOMEM, ENOSPC};
-use crate::radix::{levels, walk, Home, Node, Spare, Tree, Walked, FANOUT};
+use crate::radix::{levels, walk, Home, Node, Retired, Spare, Tree, Walked, FANOUT};
 use crate::stand_in::fail_allocation;
 use crate::uapi::{
     HMM_GPU_PTE_OFFSET_MASK, HMM_GPU_PTE_REQUESTED, HMM_GPU_PTE_SYSTEM, HMM_GPU_PTE_VALID,
@@ -42,7 +42,8 @@ impl Vram {
             .find(|offset| !pages.contains_key(offset))
             .unwrap();
         pages.insert(offset, BTreeMap::new());
-        self.unfenced.borrow_mut().remove(&offset);
+        // It has just been filled with zeroes.
+        self.unfenced.borrow_mut().insert(offset);
         VramHome {
             vram: Rc::clone(self),
             offset,
@@ -170,10 +171,36 @@ enum Step {
     /// Sets it once more.
     Again(Index, u64),
     Request(usize),
-    Clear(usize, usize),
-    /// Clears a node's worth from where something is.
-    ClearAround(Index, u32),
-    TakeRetired(usize),
+    Clear(Part),
+    Prune(Part),
+    /// Takes out an empty way, to anywhere or to where something was.
+    Trim(usize),
+    TrimAt(Index),
+    /// Takes out all nodes that are empty, if there are so many too many.
+    Compact(usize),
+    /// Drops what was taken out: the device does not walk it any more.
+    Drop,
+}
+
+/// A part of the address space.
+#[derive(Clone, Debug)]
+enum Part {
+    Pages(usize, usize),
+    /// A node's worth around something.
+    Around(Index, u32),
+    /// Some pages from where something is.
+    From(Index, usize),
+}
+
+fn part(addr: BoxedStrategy<usize>) -> BoxedStrategy<Part> {
+    let addr = || addr.clone();
+    prop_oneof![
+        1 => (addr(), addr()).prop_map(|(one, other)| Part::Pages(one.min(other), one.max(other))),
+        1 => (addr(), 0..3 * FANOUT).prop_map(|(addr, pages)| Part::Pages(addr, addr.saturating_add(pages * PAGE))),
+        2 => (any::<Index>(), 0u32..5).prop_map(|(nth, level)| Part::Around(nth, level)),
+        2 => (any::<Index>(), 1usize..4).prop_map(|(nth, pages)| Part::From(nth, pages)),
+    ]
+    .boxed()
 }
 
 /// Steps on a tree that has a place for addresses below `end`; a few are beyond.
@@ -186,10 +213,12 @@ fn step(end: usize) -> BoxedStrategy<Step> {
         1 => (addr(), entry()).prop_map(|(addr, entry)| Step::Try(addr, entry)),
         1 => (any::<Index>(), entry()).prop_map(|(nth, entry)| Step::Again(nth, entry)),
         1 => addr().prop_map(Step::Request),
-        1 => (addr(), addr()).prop_map(|(one, other)| Step::Clear(one.min(other), one.max(other))),
-        1 => (addr(), 0..3 * FANOUT).prop_map(|(addr, pages)| Step::Clear(addr, addr.saturating_add(pages * PAGE))),
-        3 => (any::<Index>(), 0u32..5).prop_map(|(nth, level)| Step::ClearAround(nth, level)),
-        1 => (0usize..4).prop_map(Step::TakeRetired),
+        3 => part(addr()).prop_map(Step::Clear),
+        2 => part(addr()).prop_map(Step::Prune),
+        1 => addr().prop_map(Step::Trim),
+        1 => any::<Index>().prop_map(Step::TrimAt),
+        1 => (0usize..12).prop_map(Step::Compact),
+        1 => Just(Step::Drop),
     ]
     .boxed()
 }
@@ -203,11 +232,15 @@ fn word_of(entry: u64) -> u64 {
     flags | entry & HMM_GPU_PTE_WRITABLE | HMM_GPU_PTE_VALID
 }
 
-/// The tree, the device, and what the entries should be.
+/// The tree, the device, and what the entries and the nodes should be.
 struct Tried {
     tree: Tree<VramHome>,
     vram: Rc<Vram>,
     entries: BTreeMap<usize, u64>,
+    /// The nodes of the tree, each by its level and the first address that it stands for.
+    nodes: BTreeSet<(u32, usize)>,
+    /// What was taken out, and may still be walked.
+    retired: Vec<Retired<VramHome>>,
     requested: BTreeSet<usize>,
     /// Every address that was ever named.
     named: BTreeSet<usize>,
@@ -224,6 +257,8 @@ impl Tried {
             tree,
             vram: Rc::default(),
             entries: BTreeMap::new(),
+            nodes: BTreeSet::new(),
+            retired: vec![],
             requested: BTreeSet::new(),
             named: BTreeSet::new(),
         }
@@ -250,6 +285,8 @@ impl Tried {
                 "what is spare goes"
             );
             assert_eq!(self.tree.missing(addr), 0);
+            let levels = 0..self.tree.levels();
+            self.nodes.extend(levels.map(|level| node_of(level, addr)));
         }
         self.try_set(addr, entry);
     }
@@ -283,49 +320,137 @@ impl Tried {
         }
     }
 
-    fn clear(&mut self, start: usize, end: usize) {
-        let expected: Vec<usize> = self
-            .entries
-            .range(start..end)
-            .map(|(&addr, _)| addr)
-            .collect();
-        let missing = self.missing();
-        let cleared = self.tree.clear(start, end, Some(&self.vram));
-        assert_eq!(cleared, expected.len());
-        for addr in expected {
-            self.entries.remove(&addr);
-        }
-        // Of the nodes on the way to an address, those that stand for nothing but what was cleared have gone, and no other: a
-        // way that was made stays for what comes to it next.
-        for ((addr, before), (_, after)) in missing.into_iter().zip(self.missing()) {
-            let gone = (0..self.tree.levels() - 1).filter(|level| {
-                let span = PAGE << (9 * (level + 1));
-                let first = addr & !(span - 1);
-                start <= first && first + span <= end
-            });
-            let gone = gone.map(|level| level + 1).max().unwrap_or(0);
-            assert_eq!(after, before.max(gone), "nodes on the way to {addr:#x}");
+    fn pages(&self, part: &Part) -> Option<(usize, usize)> {
+        let nth = |nth: &Index| {
+            let nth = nth.index(self.entries.len().max(1));
+            self.entries.keys().nth(nth).copied()
+        };
+        match part {
+            Part::Pages(start, end) => Some((*start, *end)),
+            Part::Around(which, level) => nth(which).map(|addr| {
+                let (_, first) = node_of(*level, addr);
+                (first, first + node_span(*level))
+            }),
+            Part::From(which, pages) => nth(which).map(|addr| (addr, addr + pages * PAGE)),
         }
     }
 
-    /// The addresses that there is a place for, each with how many nodes are missing on the way to it.
-    fn missing(&self) -> Vec<(usize, u32)> {
-        let inside = self.named.range(..self.end);
-        inside
-            .map(|&addr| (addr, self.tree.missing(addr)))
-            .collect()
+    /// Takes the entries out of the model and says how many there were.
+    fn forget(&mut self, start: usize, end: usize) -> usize {
+        let before = self.entries.len();
+        self.entries.retain(|addr, _| !(start..end).contains(addr));
+        before - self.entries.len()
+    }
+
+    fn clear(&mut self, start: usize, end: usize) {
+        let expected = self.forget(start, end);
+        let cleared = self.tree.clear(start, end, Some(&self.vram));
+        assert_eq!(cleared, expected);
+    }
+
+    /// Takes the nodes that overlap the range and that nothing hangs on out of the model, and says how many.
+    fn take_empty(&mut self, start: usize, end: usize) -> usize {
+        let before = self.nodes.len();
+        for level in 0..self.tree.levels() - 1 {
+            let nodes = self.nodes.clone();
+            self.nodes.retain(|&(at, first)| {
+                let last = first + (node_span(at) - 1);
+                at != level
+                    || last < start
+                    || end <= first
+                    || match level {
+                        0 => self.entries.range(first..=last).next().is_some(),
+                        _ => nodes
+                            .range((level - 1, first)..=(level - 1, last))
+                            .next()
+                            .is_some(),
+                    }
+            });
+        }
+        before - self.nodes.len()
+    }
+
+    /// Keeps what was taken out, which the device may be walking still: it finds nothing there that is valid.
+    fn keep(&mut self, retired: Retired<VramHome>, expected: usize) {
+        assert_eq!(retired.count(), expected);
+        self.retired.push(retired);
+        let reachable = self.vram.all_reachable();
+        for (node, words) in &*self.vram.pages.borrow() {
+            let valid = words.values().any(|word| word & HMM_GPU_PTE_VALID != 0);
+            assert!(
+                reachable.contains(node) || !valid,
+                "{node:#x} was taken out with something in it"
+            );
+        }
+    }
+
+    fn prune(&mut self, start: usize, end: usize) {
+        let expected = self.forget(start, end);
+        let nodes = match start < end {
+            true => self.take_empty(start, end),
+            false => 0,
+        };
+        let (cleared, retired) = self.tree.prune(start, end, Some(&self.vram));
+        assert_eq!(cleared, expected);
+        self.keep(retired, nodes);
+    }
+
+    fn trim(&mut self, addr: usize) {
+        let (_, first) = node_of(0, addr);
+        let there = self.nodes.contains(&(0, first));
+        let used = self
+            .entries
+            .range(first..first + node_span(0))
+            .next()
+            .is_some();
+        let nodes = match there && !used {
+            true => self.take_empty(addr, addr + PAGE),
+            false => 0,
+        };
+        let retired = self.tree.trim(addr, &self.vram);
+        self.keep(retired, nodes);
+    }
+
+    fn compact(&mut self, limit: usize) {
+        let accounted_for = self.entries.len() * self.tree.levels() as usize;
+        let nodes = match self.nodes.len() > accounted_for + limit {
+            true => self.take_empty(0, usize::MAX),
+            false => 0,
+        };
+        let retired = self.tree.compact(limit, &self.vram);
+        self.keep(retired, nodes);
+    }
+
+    fn drop_retired(&mut self) {
+        let homes = self.vram.homes();
+        let count: usize = self.retired.iter().map(Retired::count).sum();
+        self.retired.clear();
+        assert_eq!(self.vram.homes(), homes - count);
+        // Walks over what was given back would panic.
+        self.vram.all_reachable();
     }
 
     /// Compares all that can be seen from outside with what it should be.
     fn check(&self) {
         let tree = &self.tree;
         assert_eq!(tree.entries(), self.entries.len());
+        assert_eq!(tree.nodes(), self.nodes.len());
+        let retired: usize = self.retired.iter().map(Retired::count).sum();
         assert_eq!(
-            tree.nodes(),
+            tree.nodes() + retired,
             self.vram.homes(),
             "a node is lost, or counted twice"
         );
         for &addr in &self.named {
+            let there =
+                (0..tree.levels()).filter(|&level| self.nodes.contains(&node_of(level, addr)));
+            if addr < self.end {
+                assert_eq!(
+                    tree.missing(addr) as usize,
+                    tree.levels() as usize - there.count(),
+                    "nodes on the way to {addr:#x}"
+                );
+            }
             let entry = self.entries.get(&addr).copied();
             assert_eq!(
                 tree.get(addr),
@@ -355,7 +480,11 @@ impl Tried {
             self.count_valid(root, levels - 1, &mut valid);
         }
         assert_eq!(valid, self.entries.len());
-        assert!(reachable.len() <= tree.nodes());
+        assert_eq!(
+            reachable.len(),
+            tree.nodes(),
+            "a node that nothing leads to is left"
+        );
     }
 
     fn count_valid(&self, node: u64, level: u32, valid: &mut usize) {
@@ -368,28 +497,16 @@ impl Tried {
             }
         }
     }
+}
 
-    /// Takes a retired node out, which the device must not come to.
-    fn take_retired(&mut self) -> bool {
-        let (nodes, homes) = (self.tree.nodes(), self.vram.homes());
-        let Some(node) = self.tree.take_retired() else {
-            let reachable = self.vram.all_reachable();
-            assert_eq!(
-                reachable.len(),
-                nodes,
-                "a node that nothing leads to is left"
-            );
-            return false;
-        };
-        drop(node);
-        assert_eq!(
-            (self.tree.nodes(), self.vram.homes()),
-            (nodes - 1, homes - 1)
-        );
-        // Walks over what was given back would panic.
-        self.vram.all_reachable();
-        true
-    }
+/// Bytes of address space that a node at `level` stands for.
+fn node_span(level: u32) -> usize {
+    PAGE << (9 * (level + 1))
+}
+
+/// The node at `level` that stands for `addr`: its level, and the first address that it stands for.
+fn node_of(level: u32, addr: usize) -> (u32, usize) {
+    (level, addr & !(node_span(level) - 1))
 }
 
 /// The ends of address spaces that have 1 to 5 levels.
@@ -416,42 +533,51 @@ proptest! {
     ) {
         let mut tried = Tried::new(end);
         for step in steps {
-            let set = |nth: Index, tried: &Tried| tried.entries.keys().nth(nth.index(tried.entries.len().max(1))).copied();
             match step {
                 Step::Set(addr, entry, more) => tried.set(addr, entry, more),
                 Step::Try(addr, entry) => tried.try_set(addr, entry),
                 Step::Again(nth, entry) => {
-                    if let Some(addr) = set(nth, &tried) {
+                    if let Some((addr, _)) = tried.pages(&Part::From(nth, 1)) {
                         tried.try_set(addr, entry);
                     }
                 }
                 Step::Request(addr) => tried.request(addr),
-                Step::Clear(start, end) => tried.clear(start, end),
-                Step::ClearAround(nth, level) => {
-                    if let Some(addr) = set(nth, &tried) {
-                        let span = PAGE << (9 * level);
-                        tried.clear(addr & !(span - 1), (addr & !(span - 1)) + span);
+                Step::Clear(part) => {
+                    if let Some((start, end)) = tried.pages(&part) {
+                        tried.clear(start, end);
                     }
                 }
-                Step::TakeRetired(count) => {
-                    let _ = (0..count).all(|_| tried.take_retired());
+                Step::Prune(part) => {
+                    if let Some((start, end)) = tried.pages(&part) {
+                        tried.prune(start, end);
+                    }
                 }
+                Step::Trim(addr) => tried.trim(addr),
+                Step::TrimAt(nth) => {
+                    let nth = nth.index(tried.named.len().max(1));
+                    if let Some(&addr) = tried.named.iter().nth(nth) {
+                        tried.trim(addr);
+                    }
+                }
+                Step::Compact(limit) => tried.compact(limit),
+                Step::Drop => tried.drop_retired(),
             }
             tried.check();
         }
 
         let vram = Rc::clone(&tried.vram);
         let root = tried.tree.root();
-        tried.clear(0, usize::MAX);
+        tried.prune(0, usize::MAX);
         tried.check();
-        while tried.take_retired() {}
+        tried.drop_retired();
+        tried.check();
         prop_assert_eq!(tried.tree.root(), root, "the root stays as long as the tree");
         prop_assert_eq!(tried.tree.nodes(), usize::from(root.is_some()));
         drop(tried);
         prop_assert_eq!(vram.homes(), 0, "homes are left when the tree has gone");
     }
 
-    /// Catches a tree that keeps what it was given when it goes: entries, nodes that were taken out, or both.
+    /// Catches a tree that keeps what it was given when it goes, and one that takes along what was taken out of it.
     #[test]
     fn a_tree_gives_all_of_it_back(
         addrs in prop::collection::vec(addr(), 1..30),
@@ -461,10 +587,14 @@ proptest! {
         for addr in addrs {
             tried.set(addr, 7, 0);
         }
-        tried.clear(start.min(end), start.max(end));
+        tried.clear(0, start.min(end));
+        tried.prune(start.min(end), start.max(end));
         let vram = Rc::clone(&tried.vram);
         prop_assert_ne!(vram.homes(), 0);
+        let retired = std::mem::take(&mut tried.retired);
         drop(tried);
+        prop_assert_eq!(vram.homes(), retired.iter().map(Retired::count).sum::<usize>());
+        drop(retired);
         prop_assert_eq!(vram.homes(), 0);
     }
 
@@ -542,17 +672,21 @@ fn a_way_that_cannot_be_made_changes_nothing() {
     tried.check();
 }
 
-/// Catches a root that is replaced: who walks the table knows where it is.
+/// Catches a root that is replaced, as who walks the table knows where it is, and one that can be seen before what is in it.
 #[test]
 fn a_planted_root_stays() {
     let mut tried = Tried::new(1 << 47);
     let root = |vram: &Rc<Vram>| Node::new(vram.home(), 3, GFP_KERNEL).unwrap();
-    tried.tree.plant(root(&tried.vram));
+    tried.tree.plant(root(&tried.vram), &tried.vram);
     let planted = tried.tree.root();
     assert!(planted.is_some());
     tried.vram.root.set(planted.map(|root| (root, 4)));
-    tried.tree.plant(root(&tried.vram));
+    tried.vram.assert_fenced(&tried.vram.all_reachable());
+    tried.nodes.insert(node_of(3, 0));
+    tried.check();
+    tried.tree.plant(root(&tried.vram), &tried.vram);
     assert_eq!(tried.tree.root(), planted);
+    assert_eq!(tried.vram.homes(), 1, "the other root goes");
     assert_eq!(tried.tree.missing(0), 3);
     tried.set(0, 1, 0);
     tried.check();
@@ -586,12 +720,17 @@ fn entries_are_cleared_without_the_device() {
         tried.set(addr, 5, 0);
     }
     let words = tried.vram.pages.borrow().clone();
-    assert_eq!(tried.tree.clear(0, usize::MAX, None), addrs.len());
+    let (nodes, one) = (tried.tree.nodes(), addrs[3]);
+    assert_eq!(tried.tree.clear(one, one + PAGE, None), 1);
+    assert_eq!(tried.tree.nodes(), nodes);
+    let (cleared, retired) = tried.tree.prune(0, usize::MAX, None);
+    assert_eq!((cleared, retired.count()), (addrs.len() - 1, nodes - 1));
     assert_eq!(*tried.vram.pages.borrow(), words);
     assert_eq!(tried.tree.entries(), 0);
     assert!(addrs.iter().all(|&addr| tried.tree.get(addr) == 0));
     let vram = Rc::clone(&tried.vram);
     drop(tried);
+    drop(retired);
     assert_eq!(vram.homes(), 0);
 }
 
@@ -610,20 +749,37 @@ impl Home for Nowhere {
     fn fence((): &()) {}
 }
 
+/// A tree with an entry in each of so many leaves.
+fn many_leaves(leaves: usize) -> Tree<Nowhere> {
+    let mut tree = Tree::new(1 << 47);
+    for addr in (0..leaves).map(|leaf| leaf << 21) {
+        let missing = tree.missing(addr);
+        let mut spare = Spare::new(missing, GFP_KERNEL, || Ok(Nowhere)).unwrap();
+        tree.grow(addr, &mut spare, &()).unwrap();
+        tree.set(addr, 1, 1, &()).unwrap();
+    }
+    tree
+}
+
 /// Catches nodes that are dropped one within the other: a kernel's stack ends after 16 KiB.
 #[test]
 fn what_was_taken_out_is_dropped_on_a_small_stack() {
     const LEAVES: usize = 4096;
     let drop_many = || {
-        let mut tree = Tree::new(1 << 47);
-        for addr in (0..LEAVES).map(|leaf| leaf << 21) {
-            let missing = tree.missing(addr);
-            let mut spare = Spare::new(missing, GFP_KERNEL, || Ok(Nowhere)).unwrap();
-            tree.grow(addr, &mut spare, &()).unwrap();
-            tree.set(addr, 1, 1, &()).unwrap();
-        }
+        let mut tree = many_leaves(LEAVES);
+        let nodes = tree.nodes();
+        let (cleared, retired) = tree.prune(0, usize::MAX, None);
+        assert_eq!((cleared, retired.count()), (LEAVES, nodes - 1));
+        drop(retired);
+
+        let mut tree = many_leaves(LEAVES);
         assert_eq!(tree.clear(0, usize::MAX, None), LEAVES);
-        assert!(tree.nodes() > LEAVES);
+        assert_eq!(tree.nodes(), nodes);
+        let retired = tree.compact(0, &());
+        assert_eq!(retired.count(), nodes - 1);
+        drop(retired);
+        // With all its nodes.
+        drop(many_leaves(LEAVES));
     };
     std::thread::Builder::new()
         .stack_size(64 << 10)
@@ -631,4 +787,47 @@ fn what_was_taken_out_is_dropped_on_a_small_stack() {
         .unwrap()
         .join()
         .unwrap();
+}
+
+/// Catches empty nodes that are taken out while there are few of them, which the next to come would have to make again, and
+/// those that are left when there are too many.
+#[test]
+fn empty_nodes_are_taken_out_when_there_are_too_many() {
+    const LEAVES: usize = 100;
+    let mut tree = many_leaves(LEAVES);
+    assert_eq!(tree.clear(PAGE, usize::MAX, Some(&())), LEAVES - 1);
+    // Four levels for the entry that is left, and the empty leaves.
+    assert_eq!(tree.nodes(), 4 + LEAVES - 1);
+    assert_eq!(tree.compact(LEAVES - 1, &()).count(), 0);
+    assert_eq!(tree.compact(LEAVES - 2, &()).count(), LEAVES - 1);
+    assert_eq!(tree.nodes(), 4);
+    assert_eq!(tree.get(0), 1);
+    assert_eq!(tree.compact(0, &()).count(), 0);
+}
+
+/// Catches a way that was made for nothing and stays, or that takes more along than what it leaves empty.
+#[test]
+fn a_way_that_was_made_for_nothing_is_taken_out() {
+    let mut tried = Tried::new(1 << 47);
+    tried.set(0, 1, 0);
+    let (near, far) = (addr_of([0, 1, 0, 0, 0]), addr_of([0, 0, 0, 1, 0]));
+    for (addr, made) in [(near, 1), (far, 3)] {
+        tried.set(addr, 1, 0);
+        tried.trim(addr);
+        assert_eq!(tried.tree.missing(addr), 0, "something is there");
+        tried.clear(addr, addr + PAGE);
+        assert_eq!(
+            tried.tree.missing(addr),
+            0,
+            "who comes to it next finds a way"
+        );
+        tried.trim(addr + PAGE);
+        assert_eq!(tried.tree.missing(addr), made);
+        tried.trim(addr);
+        tried.check();
+    }
+    tried.trim(0);
+    assert_eq!(tried.tree.get(0), 1);
+    tried.drop_retired();
+    tried.check();
 }
