@@ -4,8 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use hmm_gpu::uapi::hmm_gpu_counters;
 use hmm_gpu::{Counters, Device, Errno, PciAddress};
 
+use super::memory::PAGE;
 use super::{eventually, kernel};
 
 /// The virtual GPU host's devices: two display adapters with 256 MiB, and two that have 1 GiB in a 64-bit BAR.
@@ -133,7 +135,12 @@ impl Driver {
     fn end(&mut self) {
         if !self.removed {
             for unit in Device::list() {
-                assert_empty(&Device::open(unit).unwrap());
+                let device = Device::open(unit).unwrap();
+                assert_empty(&device);
+                // Files are closed by now, or soon.
+                eventually("no device page table is left", || {
+                    counters(&device).table_pages == 0
+                });
             }
         }
         for gpu in std::mem::take(&mut self.bound) {
@@ -186,31 +193,41 @@ impl Drop for Driver {
     }
 }
 
-/// Asserts that a device has no page in VRAM, now or soon (a process may be dying), and that what it took it gave back.
+/// Asserts that a device has no page in VRAM but those of device page tables, now or soon (a process may be dying), and that what
+/// it took it gave back.
 #[track_caller]
 pub fn assert_empty(device: &Device) -> Counters {
-    let empty = |counters: &Counters| {
-        counters.live_pages == 0 && counters.allocated_pages == counters.freed_pages
+    let empty = |raw: &hmm_gpu_counters| {
+        raw.live_pages == raw.table_pages && raw.allocated_pages == raw.freed_pages + raw.live_pages
     };
-    let mut counters = device.counters().unwrap();
+    let mut raw = counters(device);
     for _ in 0..1000 {
-        if empty(&counters) {
+        if empty(&raw) {
             break;
         }
         std::thread::sleep(std::time::Duration::from_millis(2));
-        counters = device.counters().unwrap();
+        raw = counters(device);
     }
     assert!(
-        empty(&counters),
-        "{} has pages left in VRAM: {counters:#?}",
+        empty(&raw),
+        "{} has pages left in VRAM: {raw:#?}",
         device.path().display()
     );
     let description = device.describe().unwrap();
     assert_eq!(
-        description.vram_free_bytes, description.vram_bytes,
+        description.vram_free_bytes + raw.table_pages * PAGE as u64,
+        description.vram_bytes,
         "VRAM is not all free"
     );
-    counters
+    device.counters().unwrap()
+}
+
+/// What a device has done, as the driver's structure.
+#[track_caller]
+pub fn counters(device: &Device) -> hmm_gpu_counters {
+    let mut answer = hmm_gpu_counters::default();
+    device.file().counters(&mut answer).unwrap();
+    answer
 }
 
 /// Opens the node of a GPU.

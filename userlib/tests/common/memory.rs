@@ -87,6 +87,13 @@ impl Span {
         self.pages * WORDS
     }
 
+    /// The pattern of a seed that belongs on the pages.
+    pub fn pattern(self, seed: u64) -> Vec<u64> {
+        (0..self.words())
+            .map(|index| self.word(seed, index))
+            .collect()
+    }
+
     fn read(self, index: usize) -> u64 {
         // SAFETY: inside the span, which a test maps readable before it reads it.
         unsafe {
@@ -111,26 +118,34 @@ impl Span {
     /// Asserts that every byte is that of the pattern.
     #[track_caller]
     pub fn check(self, seed: u64) {
-        self.check_words("the pattern", |index| self.word(seed, index));
+        let read = |index| self.read(index);
+        self.compare("the CPU", read, |index| self.word(seed, index));
     }
 
     /// Asserts that every byte is zero.
     #[track_caller]
     pub fn check_zero(self) {
-        self.check_words("zeroes", |_| 0);
+        self.compare("the CPU", |index| self.read(index), |_| 0);
+    }
+
+    /// Asserts that what `who` has read from the pages is the pattern of a seed.
+    #[track_caller]
+    pub fn check_words(self, who: &str, words: &[u64], seed: u64) {
+        assert_eq!(words.len(), self.words());
+        self.compare(who, |index| words[index], |index| self.word(seed, index));
     }
 
     #[track_caller]
-    fn check_words(self, what: &str, expected: impl Fn(usize) -> u64) {
-        let mut wrong = (0..self.words()).filter(|&index| self.read(index) != expected(index));
+    fn compare(self, who: &str, read: impl Fn(usize) -> u64, expected: impl Fn(usize) -> u64) {
+        let mut wrong = (0..self.words()).filter(|&index| read(index) != expected(index));
         let Some(index) = wrong.next() else {
             return;
         };
         panic!(
-            "{self:x?} does not hold {what}: word {} of page {} is {:#018x} and not {:#018x}; {} words of {} are wrong",
+            "{who} finds in {self:x?}: word {} of page {} is {:#018x} and not {:#018x}; {} words of {} are wrong",
             index % WORDS,
             index / WORDS,
-            self.read(index),
+            read(index),
             expected(index),
             wrong.count() + 1,
             self.words(),

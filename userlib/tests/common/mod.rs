@@ -6,10 +6,12 @@
 // Every test program uses a part of this.
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+pub mod bar;
 pub mod child;
 pub mod driver;
 pub mod kernel;
 pub mod memory;
+pub mod mirror;
 pub mod random;
 pub mod userfault;
 
