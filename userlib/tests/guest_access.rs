@@ -11,9 +11,9 @@ use common::child::Child;
 use common::driver::{is_bound, on_each_kind, try_device_of, Driver, GPUS};
 use common::kernel::{self, Log};
 use common::memory::{errno, last_errno, Area, Span};
-use common::{assert_place, places, refused, to_device};
+use common::{assert_place, mirror, places, refused, to_device};
 use hmm_gpu::uapi::{
-    self, hmm_gpu_counters, hmm_gpu_migrate, hmm_gpu_query, hmm_gpu_residency,
+    self, hmm_gpu_counters, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
     HMM_GPU_TARGET_DEVICE as DEVICE, HMM_GPU_TARGET_SYSTEM as SYSTEM,
 };
 use hmm_gpu::{Device, Errno, Place};
@@ -46,6 +46,24 @@ fn every_call_is(device: &Device, expected: Errno, moving: Span) {
         file.residency(&mut argument, &mut vec![0; moving.pages]),
         Err(expected)
     );
+    for policy in [mirror::MAP, mirror::MIGRATE, mirror::NONE] {
+        let mut bytes = [0xee; 100];
+        for ended in [
+            mirror::read(device, moving.addr, &mut bytes, policy),
+            mirror::write(device, moving.addr, &[0; 100], policy),
+            mirror::copy(device, moving.addr, moving.addr + 500, 100, policy),
+        ] {
+            assert_eq!((ended.result, ended.done), (Err(expected), 0));
+        }
+        assert_eq!(bytes, [0xee; 100]);
+        let mut faults = [mirror::wants(moving.addr, mirror::WRITE)];
+        let (result, _) = mirror::try_fault(device, &mut faults, policy);
+        assert_eq!(result, Err(expected));
+    }
+    assert_eq!(mirror::try_snapshot(device, moving), Err(expected));
+    let mut argument = hmm_gpu_mirror::default();
+    let table = mirror::call(device, uapi::HMM_GPU_MIRROR, &mut argument);
+    assert_eq!(table, Err(expected));
     // Whatever the arguments are.
     for number in [uapi::HMM_GPU_MIGRATE, 0xc008_e8ff] {
         // SAFETY: null cannot be written.

@@ -5,90 +5,21 @@
 mod common;
 
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::driver::on_each_kind;
 use common::memory::{Area, PAGE};
+use common::misuse::{bad_ranges, call, sized, user_end, Bystander};
 use common::{assert_place, refused, to_device};
 use hmm_gpu::uapi::{
-    self, hmm_gpu_counters, hmm_gpu_migrate, hmm_gpu_query, hmm_gpu_residency,
-    HMM_GPU_TARGET_DEVICE as DEVICE, HMM_GPU_TARGET_SYSTEM as SYSTEM,
+    self, hmm_gpu_access, hmm_gpu_counters, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror,
+    hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot, HMM_GPU_TARGET_DEVICE as DEVICE,
+    HMM_GPU_TARGET_SYSTEM as SYSTEM,
 };
-use hmm_gpu::{Device, Errno, Place};
+use hmm_gpu::{Errno, Place};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 const PAGE_BYTES: u64 = PAGE as u64;
-
-/// Where user space ends: the last page below the hole in the addresses, which 5-level page tables make smaller, is not part of it.
-fn user_end() -> u64 {
-    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap();
-    let bits = if processors.contains(" la57") { 56 } else { 47 };
-    (1 << bits) - PAGE_BYTES
-}
-
-/// Memory half of which is in VRAM, which no refused call may change.
-struct Bystander {
-    area: Area,
-}
-
-impl Bystander {
-    fn new(device: &Device) -> Self {
-        let area = Area::filled(40, 9);
-        to_device(device, area.part(0, 20));
-        Self { area }
-    }
-
-    #[track_caller]
-    fn is_unchanged(&self, device: &Device) {
-        assert_place(device, self.area.part(0, 20), Place::Device);
-        assert_place(device, self.area.part(20, 20), Place::System);
-    }
-
-    #[track_caller]
-    fn finish(self, device: &Device) {
-        self.is_unchanged(device);
-        self.area.check(9);
-    }
-}
-
-/// Ranges that no call takes: what is wrong, address, length, and the error.
-fn bad_ranges(good: &Area) -> Vec<(&'static str, u64, u64, Errno)> {
-    let (addr, len, page) = (good.addr as u64, good.bytes() as u64, PAGE_BYTES);
-    let (end, kernel) = (user_end(), 0xff00_0000_0000_0000);
-    let last_page = 0u64.wrapping_sub(page);
-    let invalid = [
-        ("nothing at null", 0, 0),
-        ("nothing", addr, 0),
-        ("nothing in the kernel", kernel, 0),
-        ("an unaligned address", addr + 1, page),
-        ("a word into a page", addr + 8, len),
-        ("half a page", addr, page / 2),
-        ("a page and a byte", addr, page + 1),
-        ("unaligned all", addr + 5, 17),
-        ("a length that wraps", addr, last_page),
-        ("a kernel address that wraps", kernel, 1 << 63),
-        ("all of 64 bits but a byte", 0, u64::MAX),
-    ];
-    let fault = [
-        ("all of 64 bits but a page", 0, last_page),
-        ("2^63 bytes", addr, 1 << 63),
-        ("2^63 bytes from null", 0, 1 << 63),
-        ("2^62 bytes", addr, 1 << 62),
-        ("a kernel address", kernel, page),
-        ("the kernel's text", 0xffff_ffff_8100_0000, page),
-        ("the vsyscall page", 0xffff_ffff_ff60_0000, page),
-        ("no canonical address", end + page, page),
-        ("another", 0x0800_0000_0000_0000, len),
-        ("one in the middle", 1 << 63, page),
-        ("the last page below the hole", end, page),
-        ("a range out of user space", addr, end + page - addr),
-        ("a range into the kernel", addr, kernel - addr),
-    ];
-    let with = |errno| move |(what, addr, len)| (what, addr, len, errno);
-    let invalid = invalid.into_iter().map(with(Errno::INVAL));
-    invalid
-        .chain(fault.into_iter().map(with(Errno::FAULT)))
-        .collect()
-}
 
 /// Catches a range that is believed: unaligned, empty, wrapping, in the kernel or outside of any address space.
 #[test]
@@ -264,24 +195,17 @@ fn unknown_targets_flags_and_reserved_fields_are_refused() {
     });
 }
 
-/// The four calls: number, and bytes of the structure.
-const CALLS: [(u32, usize); 4] = [
+/// The calls: number, and bytes of the structure.
+const CALLS: [(u32, usize); 8] = [
     (uapi::HMM_GPU_QUERY, size_of::<hmm_gpu_query>()),
     (uapi::HMM_GPU_MIGRATE, size_of::<hmm_gpu_migrate>()),
     (uapi::HMM_GPU_RESIDENCY, size_of::<hmm_gpu_residency>()),
     (uapi::HMM_GPU_COUNTERS, size_of::<hmm_gpu_counters>()),
+    (uapi::HMM_GPU_MIRROR, size_of::<hmm_gpu_mirror>()),
+    (uapi::HMM_GPU_ACCESS, size_of::<hmm_gpu_access>()),
+    (uapi::HMM_GPU_FAULT, size_of::<hmm_gpu_fault>()),
+    (uapi::HMM_GPU_SNAPSHOT, size_of::<hmm_gpu_snapshot>()),
 ];
-
-/// A call's number for another size of its structure.
-fn sized(number: u32, bytes: usize) -> u32 {
-    (number & !(0x3fff << 16)) | ((bytes as u32) << 16)
-}
-
-/// Any call with any pointer.
-fn call(device: &Device, number: u32, argument: usize) -> Result<(), Errno> {
-    // SAFETY: the tests point at pages of their own, or at what cannot be written.
-    unsafe { device.file().call(number, argument as *mut c_void) }
-}
 
 /// Catches a number that is taken for another's.
 #[test]
@@ -383,38 +307,55 @@ fn a_longer_structure_is_taken_if_its_tail_is_zero_and_a_shorter_one_never() {
 /// Writes a good argument for a call at an address, which may be any in a test's own mapping.
 fn write_argument(number: u32, addr: usize, moving: &Area) {
     let (range, len) = (moving.addr as u64, moving.bytes() as u64);
-    let (migrate, residency);
-    let bytes: &[u8] = match number {
-        uapi::HMM_GPU_MIGRATE => {
-            migrate = hmm_gpu_migrate {
-                addr: range,
-                len,
-                target: DEVICE,
-                ..Default::default()
-            };
-            bytemuck::bytes_of(&migrate)
-        }
-        uapi::HMM_GPU_RESIDENCY => {
-            residency = hmm_gpu_residency {
-                addr: range,
-                len,
-                bytes_ptr: scratch(),
-                ..Default::default()
-            };
-            bytemuck::bytes_of(&residency)
-        }
-        uapi::HMM_GPU_QUERY => &[0; size_of::<hmm_gpu_query>()],
-        _ => &[0; size_of::<hmm_gpu_counters>()],
+    let put = |bytes: &[u8]| {
+        // SAFETY: the tests give room for the structure, in a mapping of theirs.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), addr as *mut u8, bytes.len()) };
     };
-    // SAFETY: the tests give room for the structure, in a mapping of theirs.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), addr as *mut u8, bytes.len()) };
+    match number {
+        uapi::HMM_GPU_MIGRATE => put(bytemuck::bytes_of(&hmm_gpu_migrate {
+            addr: range,
+            len,
+            target: DEVICE,
+            ..Default::default()
+        })),
+        uapi::HMM_GPU_RESIDENCY => put(bytemuck::bytes_of(&hmm_gpu_residency {
+            addr: range,
+            len,
+            bytes_ptr: scratch(),
+            ..Default::default()
+        })),
+        uapi::HMM_GPU_ACCESS => put(bytemuck::bytes_of(&hmm_gpu_access {
+            op: uapi::HMM_GPU_OP_READ,
+            addr: range + 5,
+            len: 40,
+            buffer_ptr: scratch(),
+            ..Default::default()
+        })),
+        uapi::HMM_GPU_FAULT => put(bytemuck::bytes_of(&hmm_gpu_fault {
+            // Of all zeroes: address 0, wanted for reading.
+            faults_ptr: scratch(),
+            count: 1,
+            ..Default::default()
+        })),
+        uapi::HMM_GPU_SNAPSHOT => put(bytemuck::bytes_of(&hmm_gpu_snapshot {
+            addr: range,
+            len,
+            entries_ptr: scratch(),
+            ..Default::default()
+        })),
+        uapi::HMM_GPU_QUERY => put(&[0; size_of::<hmm_gpu_query>()]),
+        uapi::HMM_GPU_MIRROR => put(&[0; size_of::<hmm_gpu_mirror>()]),
+        _ => put(&[0; size_of::<hmm_gpu_counters>()]),
+    }
 }
 
-/// A place for residency bytes that no test looks at.
+/// A place of zeroes for answers that no test looks at.
 fn scratch() -> u64 {
-    static BYTES: [std::sync::atomic::AtomicU8; 64] =
-        [const { std::sync::atomic::AtomicU8::new(0) }; 64];
-    BYTES.as_ptr() as u64
+    static WORDS: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
+    for word in &WORDS {
+        word.store(0, Ordering::Relaxed);
+    }
+    WORDS.as_ptr() as u64
 }
 
 /// Catches a pointer that the kernel follows by itself, or a page that it writes although the process may not.
@@ -449,7 +390,7 @@ fn a_structure_that_cannot_be_read_or_written_is_a_fault() {
             write_argument(number, area.addr, &moving);
             area.page(0).protect(libc::PROT_READ);
             let answer = call(device, number, area.addr);
-            if number == uapi::HMM_GPU_RESIDENCY {
+            if matches!(number, uapi::HMM_GPU_RESIDENCY | uapi::HMM_GPU_SNAPSHOT) {
                 assert_eq!(
                     answer,
                     Ok(()),

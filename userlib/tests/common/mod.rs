@@ -12,6 +12,7 @@ pub mod driver;
 pub mod kernel;
 pub mod memory;
 pub mod mirror;
+pub mod misuse;
 pub mod random;
 pub mod userfault;
 
