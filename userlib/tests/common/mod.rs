@@ -14,6 +14,7 @@ pub mod memory;
 pub mod mirror;
 pub mod misuse;
 pub mod random;
+pub mod swap;
 pub mod uring;
 pub mod userfault;
 
