@@ -9,6 +9,7 @@
 pub mod bar;
 pub mod child;
 pub mod driver;
+pub mod inject;
 pub mod kernel;
 pub mod memory;
 pub mod mirror;
