@@ -11,10 +11,10 @@ use common::kernel::{self};
 use common::memory::{Area, Span, HUGE, PAGE};
 use common::mirror::{
     copy, device_check, device_check_by, device_check_zero, device_fill, device_fill_by, fault_all,
-    mirrored, read, read_to, snapshot, table, write, write_from, MAP, MIGRATE, NONE, READ,
+    mirrored, read, read_to, snapshot, table, write, write_from, MAP, MIGRATE, NONE, READ, WRITE,
 };
 use common::random::Random;
-use common::{assert_place, to_device};
+use common::{assert_place, places, to_device};
 use hmm_gpu::uapi::{
     HMM_GPU_PTE_REQUESTED as REQUESTED, HMM_GPU_PTE_SYSTEM as SYSTEM, HMM_GPU_PTE_VALID as VALID,
 };
@@ -342,6 +342,26 @@ fn without_a_node_there_is_no_entry() {
         assert_eq!(table(&client).entries, 1);
         assert_eq!(table(device).entries, 0, "each file has its own");
         area.check(5);
+    });
+}
+
+/// Catches a call that cannot be a file's first, because what it needs is made while it holds a lock.
+#[test]
+fn any_call_may_be_a_file_s_first() {
+    on_each_kind(|device| {
+        let area = Area::filled(4, 5);
+        to_device(device, area.part(0, 2));
+        let open = || Device::open_path(device.path()).unwrap();
+        assert_eq!(places(&open(), *area).counts().device, 2);
+        assert_eq!(snapshot(&open(), *area).len(), 4);
+        assert_eq!(table(&open()).entries, 0);
+        device_check(&open(), *area, 5);
+        device_fill(&open(), *area, 6);
+        assert_eq!(fault_all(&open(), *area, WRITE, MAP), 2);
+        to_device(&open(), *area);
+        copy(&open(), area.addr, area.page(2).addr, PAGE, MAP).whole(PAGE);
+        area.part(0, 2).check(6);
+        area.page(0).at(area.page(2).addr).check(6);
     });
 }
 

@@ -25,7 +25,11 @@ fn pull_out() {
     /// What the port tells the kernel of.
     const INTERRUPTS: u16 = 0x103f;
 
-    let config = OpenOptions::new().read(true).write(true).open(PORT).unwrap();
+    let config = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(PORT)
+        .unwrap();
     let byte = |at: u64| {
         let mut byte = [0];
         config.read_exact_at(&mut byte, at).unwrap();
