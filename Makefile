@@ -24,6 +24,14 @@ driver: prepare
 	@$(VM)/enter -- sh -c 'make -s -C "$$KDIR" KERNELRELEASE="$$KERNEL_RELEASE" M=/hmm-gpu/driver modules'
 endif
 
+.PHONY: debug-driver
+debug-driver: ## build the driver for the checking kernel (target/debug-driver/hmm_gpu.ko)
+	@$(VM)/prepare --debug
+	@$(VM)/enter --debug -- sh -c 'mkdir -p target/debug-driver && cd driver && \
+		find . \( -name Kbuild -o -name "*.[ch]" -o -name "*.rs" -o -name "*.rules" \) ! -name "*_generated.rs" ! -name "*.mod.c" \
+			-exec cp --parents --preserve=timestamps -t ../target/debug-driver {} + && \
+		make -s -C "$$KDIR" M=/hmm-gpu/target/debug-driver modules'
+
 .PHONY: userlib
 userlib: prepare ## build the library, its header and the samples (target/tree/release, target/include)
 	@$(VM)/enter -- sh -c 'CARGO_TARGET_DIR=target/tree cargo build --locked --release && mkdir -p target/include && \
@@ -38,8 +46,16 @@ shell: driver userlib ## a prompt in the virtual GPU host, with the driver loade
 	@$(VM)/shell
 
 .PHONY: test
-test: ## everything that can be verified; ends in `N passed, N failed, N skipped`
+test: ## everything that can be verified on Debian's kernel; ends in `N passed, N failed, N skipped`
 	@bench/test
+
+.PHONY: test-debug
+test-debug: ## what runs in a guest, on a kernel that checks itself and the driver (KASAN, lockdep, kmemleak; built once)
+	@bench/test --debug
+
+.PHONY: test-all
+test-all: ## both
+	@bench/test --all
 
 .PHONY: clean
 clean: ## remove what was built in this clone (the cache folder stays)

@@ -46,11 +46,35 @@ long_step() {
     fi
 }
 
-# The tree's users hold a shared lock on it for as long as they live, so that nobody removes it under them.
-lock_tree() {
-    exec 8>>"$TREE.lock"
-    flock --shared 8
-    touch -- "$TREE.lock"
+# The checking kernel, by what it is made from: sets DEBUG, its folder, which is also the prepared tree for building modules.
+# The tree counts by its compilers only, since the rest of it makes no difference to a kernel.
+name_debug_kernel() {
+    local made_by
+    made_by=$(dpkg-query --admindir="$TREE/var/lib/dpkg" --show 'clang*' 'lld*' 'llvm*' 'rustc*' bindgen)
+    DEBUG=$CACHE/debug-$(key_of "$VM/debug.config" "$VM/make-debug-kernel" "$KERNEL_STAMP" - <<<"$made_by")
+}
+
+# hold FOLDER: keep a folder of the cache. Its users hold a shared lock on it for as long as they live, so that nobody removes it
+# under them.
+hold() {
+    local lock
+    exec {lock}>>"$1.lock"
+    flock --shared "$lock"
+    touch -- "$1.lock"
+}
+
+# hold_all DEBUG: prepare and hold the tree, and, where DEBUG is 1, the checking kernel too.
+hold_all() {
+    need_root
+    if [[ $1 = 0 ]]; then
+        "$VM/prepare"
+        hold "$TREE"
+    else
+        "$VM/prepare" --debug
+        hold "$TREE"
+        name_debug_kernel
+        hold "$DEBUG"
+    fi
 }
 
 # The functions below are for a private mount namespace: nothing of them is seen outside, or left when the last process ends.
