@@ -12,7 +12,7 @@ help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: prepare
-prepare: ## make all that the rest needs: a Debian tree, the kernel, its source (once; about 3 GB in the cache folder)
+prepare: ## make all that the rest needs: a Debian tree, the kernel, its source (once; about 3.5 GB in the cache folder)
 	@$(VM)/prepare
 
 .PHONY: driver
@@ -46,15 +46,15 @@ shell: driver userlib ## a prompt in the virtual GPU host, with the driver loade
 	@$(VM)/shell
 
 .PHONY: test
-test: ## everything that can be verified on Debian's kernel; ends in `N passed, N failed, N skipped`
+test: ## what can be verified on Debian's kernel; ends in `N passed, N failed, N skipped`
 	@bench/test
 
 .PHONY: test-debug
-test-debug: ## what runs in a guest, on a kernel that checks itself and the driver (KASAN, lockdep, kmemleak; built once)
+test-debug: ## what of it runs in a guest, on a kernel that checks (KASAN, lockdep, kmemleak and more; built once)
 	@bench/test --debug
 
 .PHONY: test-all
-test-all: ## both
+test-all: ## everything that can be verified: both, in one count
 	@bench/test --all
 
 .PHONY: clean
