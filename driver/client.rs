@@ -18,6 +18,7 @@ use crate::{
     },
     migration::{Progress, Request, Target},
     mirror::{Batch, Engine, Operation, Policy, Service},
+    split::Opened,
     sys::{gate::Gate, node},
     uapi::{
         self, hmm_gpu_access, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault,
@@ -44,7 +45,7 @@ pub(crate) struct Client {
     mm: ARef<Mm>,
     /// Made when it is first needed: it takes the lock of the address space, for which an open of
     /// a device node must not wait, since all misc devices wait for that.
-    mirror: SetOnce<Pin<KBox<Mirror<DeviceMemory>>>>,
+    mirror: SetOnce<(Pin<KBox<Mirror<DeviceMemory>>>, Opened)>,
     /// Held to make it.
     #[pin]
     mirror_lock: Mutex<()>,
@@ -92,12 +93,16 @@ impl Client {
         if self.mirror.as_ref().is_none() {
             let _making = self.mirror_lock.lock();
             if self.mirror.as_ref().is_none() {
+                let splitter = self.gate.enter()?.data().splitter.clone();
                 let mirror = Mirror::new(mm, self.gate.clone());
-                self.mirror
-                    .populate(KBox::try_pin_init(mirror, GFP_KERNEL_ACCOUNT)?);
+                let mirror = KBox::try_pin_init(mirror, GFP_KERNEL_ACCOUNT)?;
+                self.mirror.populate((mirror, splitter.opened(&self.mm)?));
             }
         }
-        self.mirror.as_ref().map(|mirror| &**mirror).ok_or(ENOMEM)
+        self.mirror
+            .as_ref()
+            .map(|(mirror, _)| &**mirror)
+            .ok_or(ENOMEM)
     }
 
     fn query(&self, number: u32, argument: usize) -> Result {

@@ -47,6 +47,9 @@ pub(crate) struct Counters {
     pub(crate) tables_freed: Counter,
     pub(crate) device_read: Counter,
     pub(crate) device_written: Counter,
+    pub(crate) large_to_device: Counter,
+    pub(crate) large_to_system: Counter,
+    pub(crate) large_failures: Counter,
 }
 
 impl Counters {
@@ -72,6 +75,9 @@ impl Counters {
             tables_freed: Counter::new(),
             device_read: Counter::new(),
             device_written: Counter::new(),
+            large_to_device: Counter::new(),
+            large_to_system: Counter::new(),
+            large_failures: Counter::new(),
         }
     }
 
@@ -103,6 +109,9 @@ impl Counters {
             },
             device_read_bytes: self.device_read.get(),
             device_written_bytes: self.device_written.get(),
+            large_to_device: self.large_to_device.get(),
+            large_to_system: self.large_to_system.get(),
+            large_failures: self.large_failures.get(),
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     },
     migration::{move_to_system, Cause, Scratch, BATCH},
     sleep::Sleep,
+    split::Splitter,
     uapi,
     vram::Vram,
 };
@@ -48,6 +49,7 @@ pub(crate) struct DeviceMemory {
     pub(crate) alloc: Allocator,
     pub(crate) counters: Counters,
     pub(crate) sleep: Arc<Sleep>,
+    pub(crate) splitter: Arc<Splitter>,
     #[cfg(CONFIG_KASAN)]
     poison: crate::poison::Poison,
 }
@@ -67,6 +69,7 @@ impl DeviceMemory {
             alloc <- alloc,
             counters: Counters::new(),
             sleep: Arc::pin_init(Sleep::new(), GFP_KERNEL)?,
+            splitter: Splitter::new()?,
         })
     }
 
@@ -141,25 +144,19 @@ impl Ops for DeviceMemory {
     }
 
     fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome {
-        let counters = &map.data().counters;
-        counters.cpu_faults.add(1);
-        let (mut src, mut dst) = ([0], [0]);
-        let Ok(collected) = fault.collect(Entries::new(&mut src, &mut dst)) else {
-            // The kernel says this of a mapping that could not have had the page in the first
-            // place.
-            return FaultOutcome::Lost;
-        };
-        let outcome = move_to_system(collected, Cause::Fault, &mut []);
-        if outcome.without_memory.is_some() {
-            return FaultOutcome::NoMemory;
+        let memory = map.data();
+        memory.counters.cpu_faults.add(1);
+        if fault.order() == 0 {
+            return fault_back(map, &fault, Entries::new(&mut [0], &mut [0]));
         }
-        if outcome.lost {
-            return FaultOutcome::Lost;
+        if memory.splitter.is_busy() {
+            memory.counters.cpu_fault_retries.add(1);
+            return FaultOutcome::Retry;
         }
-        if outcome.moved == 0 {
-            counters.cpu_fault_retries.add(1);
+        match Scratch::new() {
+            Ok(mut scratch) => fault_back(map, &fault, scratch.entries()),
+            Err(_) => FaultOutcome::NoMemory,
         }
-        FaultOutcome::Retry
     }
 
     fn evict_all(map: &PageMap<Self>) {
@@ -191,6 +188,7 @@ impl Ops for DeviceMemory {
 
     fn unregistered(map: &PageMap<Self>) {
         let memory = map.data();
+        memory.splitter.finish();
         #[cfg(CONFIG_KASAN)]
         memory.poison.check_all(&memory.vram, memory.identity.unit);
         // The next driver of the BAR may hand out what is in it.
@@ -203,8 +201,35 @@ impl Ops for DeviceMemory {
     }
 }
 
+/// Brings what the CPU touched to system memory.
+fn fault_back<'a>(
+    map: &PageMap<DeviceMemory>,
+    fault: &Fault<'a, DeviceMemory>,
+    entries: Entries<'a>,
+) -> FaultOutcome {
+    let memory = map.data();
+    let Ok(collected) = fault.collect(entries) else {
+        // The kernel says this of a mapping that could not have had the page in the first place.
+        return FaultOutcome::Lost;
+    };
+    let outcome = move_to_system(collected, Cause::Fault, &mut []);
+    if outcome.without_memory.is_some() {
+        return FaultOutcome::NoMemory;
+    }
+    if outcome.lost {
+        return FaultOutcome::Lost;
+    }
+    if let Some(index) = fault.index(map).filter(|_| outcome.stuck > 0) {
+        memory.splitter.split_later(fault.mm(), index);
+    }
+    if outcome.moved == 0 {
+        memory.counters.cpu_fault_retries.add(1);
+    }
+    FaultOutcome::Retry
+}
+
 /// Tries once to move each live page to system memory, until there is no memory for one. Returns
-/// how many have moved.
+/// how many have moved, or can move page by page now.
 pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
     let Ok(mut scratch) = Scratch::new() else {
         return 0;
@@ -212,11 +237,12 @@ pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
     let Ok(mut lost) = KVec::from_elem(0, Entries::words(BATCH), GFP_KERNEL) else {
         return 0;
     };
-    let (mut moved, mut from) = (0, 0);
+    let (mut moved, mut stuck, mut from) = (0, 0, 0);
     while map.live_folios(from).next().is_some() {
         let (collected, next) = Collected::live(map, from, scratch.entries());
         let outcome = move_to_system(collected, Cause::Evict, &mut lost);
         moved += outcome.moved;
+        stuck += outcome.stuck;
         if outcome.lost {
             pr_err!(
                 "hmm_gpu{}: the device is gone, and with it {} pages: who touches them gets SIGBUS\n",
@@ -228,6 +254,11 @@ pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
             break;
         }
         from = next;
+    }
+    if stuck > 0 {
+        let large = map.live_folios(0).filter(|(_, order)| *order > 0);
+        let split = large.filter(|(index, _)| map.data().splitter.split(map, *index));
+        moved += split.count();
     }
     moved
 }

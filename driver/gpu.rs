@@ -65,6 +65,7 @@ impl<D: Parent> Gpu<D> {
         let memory = Lent::new(Registered::new(device, form, bytes, memory)?)?;
         crate::fail_after(Step::PageMap)?;
         let map: &PageMap<DeviceMemory> = memory.owner().lend();
+        map.data().splitter.set_gate(memory.gate());
         unit.set_pages(map.first_pfn(), map.pages());
         pr_info!(
             "{}: {} MiB of VRAM as device-private pages at {:#x}\n",

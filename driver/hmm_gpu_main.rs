@@ -21,6 +21,7 @@ mod poison;
 mod radix;
 mod sleep;
 mod soft;
+mod split;
 mod sys;
 // The user side uses what is not used here.
 #[allow(dead_code, non_camel_case_types, unreachable_pub)]

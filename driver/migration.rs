@@ -11,9 +11,9 @@ use crate::{
     devmem::DeviceMemory,
     hmm::{
         folio::{Effort, SystemFolio},
-        migrate::{Collected, Entries, Select, Source},
+        migrate::{Collected, Entries, Grain, Select, Source},
         mirror::{Mirror, Seen},
-        pagemap::PageMap,
+        pagemap::{PageMap, MAX_ORDER},
         vma::{LockedVma, ReadLocked},
         PAGE_BYTES,
     },
@@ -46,6 +46,8 @@ pub(crate) struct Outcome {
     /// The page at which memory for its new place was not to be had. Nothing from there on has
     /// moved.
     pub(crate) without_memory: Option<usize>,
+    /// Large folios that stay, because there was no large folio to be had for them.
+    pub(crate) stuck: usize,
     /// What was to move is lost, with the device.
     pub(crate) lost: bool,
 }
@@ -83,7 +85,8 @@ pub(crate) fn move_to_system(
     let mut outcome = Outcome::default();
     let effort = match cause {
         Cause::Fault => Effort::PageFault,
-        Cause::Request | Cause::Evict => Effort::MayFail,
+        Cause::Request => Effort::MayFail,
+        Cause::Evict => Effort::Hard,
     };
     for i in 0..collected.pages() {
         let Some(Source::Device { map, index, order }) = collected.source(i) else {
@@ -98,6 +101,10 @@ pub(crate) fn move_to_system(
                 outcome.lost = true;
             }
             Ok(folio) => collected.set(i, folio),
+            Err(_) if order > 0 => {
+                memory.counters.large_failures.add(1);
+                outcome.stuck += 1;
+            }
             Err(_) => {
                 memory.counters.system_failures.add(1);
                 outcome.without_memory = Some(i);
@@ -117,6 +124,9 @@ pub(crate) fn move_to_system(
                 Cause::Evict => &counters.evicted,
             };
             counter.add(1 << order);
+            if order > 0 {
+                counters.large_to_system.add(1);
+            }
             outcome.moved += 1 << order;
         }
     }
@@ -143,30 +153,43 @@ fn move_to_device(
 ) -> Outcome {
     let memory = map.data();
     let mut outcome = Outcome::default();
-    // Large folios have been split, and what is on a device has not been collected.
+    // What is on a device has not been collected. What the kernel has in folios of other sizes, it has
+    // split.
     let may_move = |source: &Source<'_, DeviceMemory>| {
-        !matches!(source, Source::Device { .. }) && source.pages() == 1
+        !matches!(source, Source::Device { .. }) && [0, MAX_ORDER].contains(&source.order())
     };
     let wanted = (0..collected.pages())
-        .filter(|&i| collected.source(i).as_ref().is_some_and(may_move))
+        .filter_map(|i| collected.source(i))
+        .filter(|source| may_move(source) && source.order() == 0)
         .count();
     let room = room.get_mut(..wanted).unwrap_or_default();
     let got = memory.take(0, room);
-    // CAST: The indices of pages fit in a word.
-    let mut indices = room.iter().take(got).map(|&index| index as usize);
-    let mut populated = 0;
+    let mut indices = room.iter().take(got);
     for i in 0..collected.pages() {
         let Some(source) = collected.source(i).filter(may_move) else {
             continue;
         };
-        let Some(index) = indices.next() else {
+        let order = source.order();
+        let mut large = [0];
+        let index = if order == 0 {
+            indices.next()
+        } else if memory.take(order, &mut large) == 1 {
+            large.first()
+        } else {
+            memory.counters.large_failures.add(1);
+            outcome.stuck += 1;
+            continue;
+        };
+        let Some(&index) = index else {
             memory.counters.vram_failures.add(1);
             outcome.without_memory = Some(i);
             break;
         };
-        let Ok(folio) = map.init_folio(index, 0) else {
+        // CAST: The index of a page fits in a word.
+        let index = index as usize;
+        let Ok(folio) = map.init_folio(index, order) else {
             // The device goes away: the caller will see that for itself.
-            memory.give_back(index, 0);
+            memory.give_back(index, order);
             continue;
         };
         let filled = match &source {
@@ -179,18 +202,20 @@ fn move_to_device(
     }
     let pages = outcome.without_memory.unwrap_or(collected.pages());
     let moved = collected.commit(Written::wait());
-    for i in 0..pages {
-        match moved.moved(i) {
-            Some(Source::Hole) => {
-                populated += 1;
-                outcome.moved += 1;
-            }
-            Some(_) => outcome.moved += 1,
-            None => (),
+    let (mut populated, mut large) = (0, 0);
+    for source in (0..pages).filter_map(|i| moved.moved(i)) {
+        let count = 1 << source.order();
+        outcome.moved += count;
+        if let Source::Hole { .. } = source {
+            populated += count;
+        }
+        if source.order() > 0 {
+            large += 1;
         }
     }
     memory.counters.to_device.add(outcome.moved);
     memory.counters.populated.add(populated);
+    memory.counters.large_to_device.add(large);
     outcome
 }
 
@@ -296,18 +321,29 @@ impl<'a> Request<'a> {
         // What nobody may access is not populated: a heap or a stack has such ranges, large and
         // empty.
         let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
-        let outcome = if vma.is_anonymous() && (accessible || self.target == Target::System) {
-            match Collected::range(vma, start, end, select, self.scratch.entries()) {
-                Ok(collected) if self.target == Target::Device => {
-                    move_to_device(map, collected, &mut self.indices)
+        let mut outcome = Outcome::default();
+        if vma.is_anonymous() && (accessible || self.target == Target::System) {
+            // On the device as in system memory: who wants no large pages (`MADV_NOHUGEPAGE`) gets
+            // none. What is large there comes back as it is.
+            let small = vma.flags() & flags::NOHUGEPAGE != 0 && self.target == Target::Device;
+            let first = if small { Grain::Page } else { Grain::Large };
+            for grain in [first, Grain::Page] {
+                let entries = self.scratch.entries();
+                outcome = match Collected::range(vma, start, end, select, grain, entries) {
+                    Ok(collected) if self.target == Target::Device => {
+                        move_to_device(map, collected, &mut self.indices)
+                    }
+                    Ok(collected) => move_to_system(collected, Cause::Request, &mut []),
+                    // A mapping that the kernel does not migrate.
+                    Err(_) => Outcome::default(),
+                };
+                // A range is one large folio, or has none. Nothing has moved if that is stuck: its
+                // pages may, one by one.
+                if outcome.stuck == 0 {
+                    break;
                 }
-                Ok(collected) => move_to_system(collected, Cause::Request, &mut []),
-                // A mapping that the kernel does not migrate.
-                Err(_) => Outcome::default(),
             }
-        } else {
-            Outcome::default()
-        };
+        }
         let pages = outcome.without_memory.unwrap_or((end - start) / PAGE_BYTES);
         let (mut already, mut skipped) = (0, 0);
         if outcome.moved < pages {

@@ -37,7 +37,7 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 /// `RESIDENCY`: tells where each page of a range is. Moves nothing.
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
-pub const HMM_GPU_COUNTERS: u32 = 0xC0A0_E803;
+pub const HMM_GPU_COUNTERS: u32 = 0xC0B8_E803;
 /// `MIRROR`: describes the file's device page table. Since version 2.
 pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
 /// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
@@ -238,6 +238,13 @@ pub struct hmm_gpu_counters {
     pub device_read_bytes: u64,
     /// Bytes that the device wrote at process addresses.
     pub device_written_bytes: u64,
+    /// Folios of 2 MiB that moved to the device whole, on request. Their pages are part of
+    /// `to_device_pages`.
+    pub large_to_device: u64,
+    /// Folios of 2 MiB that moved to the system whole, for whatever reason.
+    pub large_to_system: u64,
+    /// Folios of 2 MiB for which there was none on the other side. Their pages move one by one.
+    pub large_failures: u64,
 }
 
 /// The entry is there. For a device page table's inner nodes: the offset is that of the next node.

@@ -80,10 +80,15 @@ impl Drop for LockedFolio {
 /// What an allocation may do to have memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Effort {
-    /// Reclaim, and fail where that does not help (`__GFP_RETRY_MAYFAIL`).
-    MayFail,
-    /// As for a page fault: the kernel may kill a process to have memory.
+    /// As for a page fault: for a page, the kernel may kill a process; for a large folio, it takes
+    /// what there is (`GFP_TRANSHUGE_LIGHT`).
     PageFault,
+    /// Reclaim, and fail where that does not help (`__GFP_RETRY_MAYFAIL`); for a large folio, try
+    /// once to make one (`GFP_TRANSHUGE`, `__GFP_NORETRY`).
+    MayFail,
+    /// The same, and for a large folio, reclaim and compact as long as that helps
+    /// (`__GFP_RETRY_MAYFAIL`).
+    Hard,
 }
 
 /// A new folio of system memory, for a page to move into. Its content is undefined until written.
@@ -95,12 +100,17 @@ pub(crate) enum Effort {
 pub(crate) struct SystemFolio(LockedFolio);
 
 impl SystemFolio {
-    /// Allocates `1 << order` pages (`folio_alloc`, `GFP_HIGHUSER_MOVABLE`). May sleep and reclaim.
+    /// Allocates `1 << order` pages (`folio_alloc`), which may sleep and reclaim.
     ///
     /// Fails with `ENOMEM`.
     pub(crate) fn new(order: u32, effort: Effort) -> Result<Self> {
+        let effort = match effort {
+            Effort::PageFault => bindings::hmm_gpu_effort_HMM_GPU_PAGE_FAULT,
+            Effort::MayFail => bindings::hmm_gpu_effort_HMM_GPU_MAY_FAIL,
+            Effort::Hard => bindings::hmm_gpu_effort_HMM_GPU_HARD,
+        };
         // SAFETY: Always fine to call where sleeping is.
-        let folio = unsafe { bindings::hmm_gpu_folio_alloc(order, effort == Effort::MayFail) };
+        let folio = unsafe { bindings::hmm_gpu_folio_alloc(order, effort) };
         let folio = NonNull::new(folio).ok_or(ENOMEM)?;
         // SAFETY: The folio is ours alone, so locking it waits for nobody for long; the reference
         // is the one it was made with.
@@ -227,6 +237,11 @@ impl SourceFolio<'_> {
     /// Bytes that the folio has.
     pub(crate) fn len(&self) -> usize {
         super::PAGE_BYTES << self.order
+    }
+
+    /// log2 of the number of pages.
+    pub(crate) fn order(&self) -> u32 {
+        self.order
     }
 }
 

@@ -14,19 +14,25 @@
 use crate::{
     hmm::{
         folio::{self, Filled, LockedFolio, SourceFolio},
-        pagemap::{Ops, PageMap},
+        pagemap::{Ops, PageMap, MAX_ORDER},
         vma::LockedVma,
-        PAGE_BYTES,
+        PAGE_BYTES, PAGE_SHIFT,
     },
     sys::{bindings, mapping::Written},
 };
 use core::{marker::PhantomData, mem::ManuallyDrop};
-use kernel::{error::to_result, prelude::*};
+use kernel::{error::to_result, mm::Mm, prelude::*, sync::aref::ARef};
 
 const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
 const MIGRATE: usize = bindings::MIGRATE_PFN_MIGRATE as usize;
 const COMPOUND: usize = bindings::MIGRATE_PFN_COMPOUND as usize;
 const SHIFT: u32 = bindings::MIGRATE_PFN_SHIFT;
+
+const SELECT_SYSTEM: c_ulong = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM as c_ulong;
+const SELECT_DEVICE: c_ulong =
+    bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE as c_ulong;
+const SELECT_COMPOUND: c_ulong =
+    bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND as c_ulong;
 
 /// The page frame number in an entry, if it has one.
 fn pfn_of(entry: usize) -> Option<usize> {
@@ -41,6 +47,16 @@ pub(crate) enum Select {
     /// Device-private pages of any page map with the given owner (and untouched places, which the
     /// kernel always reports).
     Device,
+}
+
+/// What a migration does about large folios (of 2 MiB).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Grain {
+    /// Those that are wholly in the range, and mapped as such, move whole; so do 2 MiB of nothing.
+    /// The others are split.
+    Large,
+    /// All are split.
+    Page,
 }
 
 /// Room for the entries of a migration: two words a page, and the same again for more than one.
@@ -108,12 +124,16 @@ impl<T: Ops> State<'_, T> {
             return None;
         }
         let Some(pfn) = pfn_of(entry) else {
-            return Some(Source::Hole);
+            let order = if entry & COMPOUND != 0 { MAX_ORDER } else { 0 };
+            return self.may_be_at(i, order).then_some(Source::Hole { order });
         };
         // SAFETY: The page is locked and referenced by the type invariants, for as long as `self`
         // is borrowed: giving a destination, committing and finalizing all need more than `&self`.
         unsafe {
             let order = folio::order_of(pfn);
+            if !self.may_be_at(i, order) {
+                return None;
+            }
             match folio::page_map_of(pfn) {
                 // The kernel would let it move, and KSM would then read device memory (7.3).
                 None if folio::is_ksm(pfn) => None,
@@ -125,6 +145,18 @@ impl<T: Ops> State<'_, T> {
                 }
             }
         }
+    }
+
+    /// Whether a large folio that is reported at entry `i` is what is there in the range. What the
+    /// kernel reports a second time (see [`Entries`]) is at some other entry.
+    fn may_be_at(&self, i: usize, order: u32) -> bool {
+        let pages = 1usize << order;
+        let first = match &self.kind {
+            Kind::Vma(args) => args.start >> PAGE_SHIFT,
+            // Those are wherever there was room.
+            Kind::Device => return i + pages <= self.pages,
+        };
+        (first + i) % pages == 0 && i + pages <= self.pages
     }
 
     /// Has the kernel do a step: with its arguments for a range, or with the arrays and their
@@ -175,7 +207,10 @@ pub(crate) struct Collected<'a, T: Ops> {
 /// Where a page that may move is now.
 pub(crate) enum Source<'a, T: Ops> {
     /// Nowhere: anonymous memory that was never touched. Its content is zeroes.
-    Hole,
+    Hole {
+        /// log2 of the number of pages.
+        order: u32,
+    },
     /// In system memory.
     System(SourceFolio<'a>),
     /// In device memory: page `index` of `map`, the first of a folio of `1 << order` pages.
@@ -190,12 +225,11 @@ pub(crate) enum Source<'a, T: Ops> {
 }
 
 impl<T: Ops> Source<'_, T> {
-    /// How many pages it is.
-    pub(crate) fn pages(&self) -> usize {
+    /// log2 of the number of pages that it is.
+    pub(crate) fn order(&self) -> u32 {
         match self {
-            Source::Hole => 1,
-            Source::System(folio) => folio.len() / PAGE_BYTES,
-            Source::Device { order, .. } => 1 << order,
+            Source::System(folio) => folio.order(),
+            Source::Hole { order } | Source::Device { order, .. } => *order,
         }
     }
 }
@@ -204,7 +238,7 @@ impl<'a, T: Ops> Collected<'a, T> {
     /// Sets up a migration of `[start, end)`, which must be inside `vma` and fit in `entries`
     /// (`migrate_vma_setup`).
     ///
-    /// Large folios are split. Fails with `EINVAL` for a range that is empty, too long or not
+    /// Fails with `EINVAL` for a range that is empty, too long or not
     /// inside the mapping, and for mappings that do not migrate (hugetlb, DAX, I/O and PFN
     /// mappings).
     pub(crate) fn range(
@@ -212,12 +246,16 @@ impl<'a, T: Ops> Collected<'a, T> {
         start: usize,
         end: usize,
         select: Select,
+        grain: Grain,
         entries: Entries<'a>,
     ) -> Result<Self> {
-        let flags = match select {
-            Select::System => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM,
-            Select::Device => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+        let mut flags = match select {
+            Select::System => SELECT_SYSTEM,
+            Select::Device => SELECT_DEVICE,
         };
+        if grain == Grain::Large {
+            flags |= SELECT_COMPOUND;
+        }
         let no_fault = core::ptr::null_mut();
         // SAFETY: The mapping is under the mmap lock for `'a`, and nothing faults here.
         unsafe { Self::setup(vma.as_ptr(), start, end, flags, no_fault, entries) }
@@ -260,12 +298,12 @@ impl<'a, T: Ops> Collected<'a, T> {
     /// # Safety
     ///
     /// `vma` is under the mmap lock for `'a`. `fault_page` is null, or the locked and referenced
-    /// device-private page of a fault at `start`.
+    /// device-private page of a fault in the range.
     unsafe fn setup(
         vma: *mut bindings::vm_area_struct,
         start: usize,
         end: usize,
-        flags: bindings::migrate_vma_direction,
+        flags: c_ulong,
         fault_page: *mut bindings::page,
         entries: Entries<'a>,
     ) -> Result<Self> {
@@ -283,8 +321,7 @@ impl<'a, T: Ops> Collected<'a, T> {
             start,
             end,
             pgmap_owner: T::owner().as_raw(),
-            // CAST: Widens.
-            flags: flags as usize,
+            flags,
             fault_page,
         };
         // SAFETY: The mapping is locked, and the arrays have all the room that the kernel may use:
@@ -322,10 +359,7 @@ impl<'a, T: Ops> Collected<'a, T> {
     pub(crate) fn set(&mut self, i: usize, folio: Filled) {
         let folio = folio.into_locked();
         let order = folio.order();
-        if self
-            .source(i)
-            .is_none_or(|source| source.pages() != 1 << order)
-        {
+        if self.source(i).is_none_or(|source| source.order() != order) {
             return;
         }
         if let Some(entry) = self
@@ -395,12 +429,16 @@ impl<T: Ops> Moved<'_, T> {
     /// `scratch` has room for a word for each page. Returns how many pages that were.
     pub(crate) fn fail(self, scratch: &mut [usize]) -> usize {
         let mut count = 0;
-        for (i, place) in (0..self.state.pages).zip(scratch.iter_mut()) {
+        scratch.fill(0);
+        for i in 0..self.state.pages {
             let destination = self.state.entries.dst.get(i).copied().unwrap_or(0);
-            *place = match self.moved(i) {
-                Some(_) => pfn_of(destination).unwrap_or(0),
-                None => 0,
+            let Some((source, pfn)) = self.moved(i).zip(pfn_of(destination)) else {
+                continue;
             };
+            let places = scratch.iter_mut().skip(i).take(1 << source.order());
+            places
+                .enumerate()
+                .for_each(|(page, place)| *place = pfn + page);
         }
         let pages = self.state.pages;
         drop(self);
@@ -442,7 +480,34 @@ impl<'a, T: Ops> Fault<'a, T> {
         }
     }
 
-    /// Sets up a migration of the page that was touched.
+    /// log2 of the number of pages that were mapped as one where the CPU touched them.
+    ///
+    /// A page that is mapped on its own may still be of a large folio.
+    pub(crate) fn order(&self) -> u32 {
+        // SAFETY: By the type invariants.
+        unsafe {
+            if (*self.vmf).pte.is_null() {
+                folio::order_of(bindings::hmm_gpu_page_to_pfn((*self.vmf).page))
+            } else {
+                0
+            }
+        }
+    }
+
+    /// The page that was touched, counted in pages from the start of the device's memory; of pages
+    /// that are mapped as one, the first.
+    pub(crate) fn index(&self, map: &PageMap<T>) -> Option<usize> {
+        // SAFETY: By the type invariants.
+        map.index_of(unsafe { bindings::hmm_gpu_page_to_pfn((*self.vmf).page) })
+    }
+
+    /// The address space in which it was touched.
+    pub(crate) fn mm(&self) -> ARef<Mm> {
+        // SAFETY: By the type invariants, so the mapping and its address space are valid.
+        unsafe { Mm::from_raw((*(*self.vmf).__bindgen_anon_1.vma).vm_mm) }.into()
+    }
+
+    /// Sets up a migration of what was touched: `1 << order()` pages.
     pub(crate) fn collect(&self, entries: Entries<'a>) -> Result<Collected<'a, T>> {
         // SAFETY: By the type invariants.
         let (vma, address, page) = unsafe {
@@ -452,11 +517,17 @@ impl<'a, T: Ops> Fault<'a, T> {
                 (*self.vmf).page,
             )
         };
-        let start = address & !(PAGE_BYTES - 1);
-        let flags = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
+        let order = self.order();
+        let len = PAGE_BYTES << order;
+        let start = address & !(len - 1);
+        let flags = if order > 0 {
+            SELECT_DEVICE | SELECT_COMPOUND
+        } else {
+            SELECT_DEVICE
+        };
         // SAFETY: The fault holds the mmap lock, and its page is locked and referenced, by the type
         // invariants.
-        unsafe { Collected::setup(vma, start, start + PAGE_BYTES, flags, page, entries) }
+        unsafe { Collected::setup(vma, start, start + len, flags, page, entries) }
     }
 }
 

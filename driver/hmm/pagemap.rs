@@ -235,15 +235,25 @@ impl<T: Ops> PageMap<T> {
     /// The folios that are live now, from page `from` on: index of the first page and order of
     /// each. Others may come and go meanwhile.
     pub(crate) fn live_folios(&self, from: usize) -> impl Iterator<Item = (usize, u32)> + '_ {
-        self.state
-            .iter()
-            .enumerate()
-            .skip(from)
-            .filter_map(|(index, state)| {
-                let state = state.load(Acquire);
-                // CAST: Positive, so it fits.
-                (state > 0).then_some((index, (state - 1) as u32))
-            })
+        (from..self.pages()).filter_map(|index| Some((index, self.order(index)?)))
+    }
+
+    /// log2 of the number of pages of the live folio that begins at page `index`, if there is one.
+    pub(crate) fn order(&self, index: usize) -> Option<u32> {
+        let state = self.state.get(index)?.load(Acquire);
+        // CAST: Positive, so it fits.
+        (state > 0).then_some((state - 1) as u32)
+    }
+
+    /// The offset of the folio that begins at page `index`, in whatever it is mapped in, in pages.
+    /// A hint: it may be another by now.
+    pub(crate) fn mapped_index(&self, index: usize) -> usize {
+        // SAFETY: The page is one of the map's, which is registered: `Registered` lends it.
+        unsafe {
+            bindings::hmm_gpu_pfn_index(
+                self.first_pfn() + index.min(self.pages().saturating_sub(1)),
+            )
+        }
     }
 
     /// # Safety

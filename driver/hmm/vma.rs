@@ -34,6 +34,17 @@ impl<'a> ReadLocked<'a> {
         })
     }
 
+    /// Takes the lock if nobody else has it for writing, or waits for that. Does not wait.
+    pub(crate) fn try_new(mm: &'a MmWithUser) -> Option<Self> {
+        // SAFETY: The address space is valid.
+        let locked = unsafe { bindings::hmm_gpu_mmap_read_trylock(mm.as_raw()) };
+        // INVARIANT: Just locked.
+        locked.then_some(Self {
+            mm,
+            _not_send: NotThreadSafe,
+        })
+    }
+
     /// The address space.
     pub(crate) fn mm(&self) -> &MmWithUser {
         self.mm
@@ -74,6 +85,13 @@ impl Deref for LockedVma<'_> {
 }
 
 impl LockedVma<'_> {
+    /// The offset of its first page: what an anonymous page that is mapped in it has as its own, less
+    /// its distance from the start.
+    pub(crate) fn first_index(&self) -> usize {
+        // SAFETY: The reference is to a valid mapping that is locked.
+        unsafe { (*self.as_ptr()).vm_pgoff }
+    }
+
     /// Whether it is private anonymous memory.
     pub(crate) fn is_anonymous(&self) -> bool {
         // SAFETY: The reference is to a valid mapping that is locked.

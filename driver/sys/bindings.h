@@ -24,10 +24,13 @@
 /* pages and folios */
 void *hmm_gpu_pfn_address(unsigned long pfn);
 struct page *hmm_gpu_pfn_to_page(unsigned long pfn);
+unsigned long hmm_gpu_page_to_pfn(const struct page *page);
+unsigned long hmm_gpu_pfn_index(unsigned long pfn);
 unsigned long hmm_gpu_folio_pfn(const struct folio *folio);
 unsigned int hmm_gpu_folio_order(const struct folio *folio);
 struct folio *hmm_gpu_page_folio(struct page *page);
-struct folio *hmm_gpu_folio_alloc(unsigned int order, bool may_fail);
+enum hmm_gpu_effort { HMM_GPU_PAGE_FAULT, HMM_GPU_MAY_FAIL, HMM_GPU_HARD };
+struct folio *hmm_gpu_folio_alloc(unsigned int order, enum hmm_gpu_effort effort);
 void hmm_gpu_folio_lock(struct folio *folio);
 void hmm_gpu_folio_unlock(struct folio *folio);
 void hmm_gpu_folio_put(struct folio *folio);
@@ -56,6 +59,7 @@ bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size);
 bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma);
 bool hmm_gpu_vma_is_shadow_stack(const struct vm_area_struct *vma);
 int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm);
+bool hmm_gpu_mmap_read_trylock(struct mm_struct *mm);
 void hmm_gpu_mmap_read_unlock(struct mm_struct *mm);
 unsigned long hmm_gpu_task_size(void);
 int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct mm_struct *mm, unsigned long start,

@@ -17,6 +17,17 @@ struct page *hmm_gpu_pfn_to_page(unsigned long pfn)
 	return pfn_to_page(pfn);
 }
 
+unsigned long hmm_gpu_page_to_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+unsigned long hmm_gpu_pfn_index(unsigned long pfn)
+{
+	/* Of a folio that may change: whoever uses this looks whether it is true. */
+	return READ_ONCE(((struct folio *)pfn_to_page(pfn))->index);
+}
+
 unsigned long hmm_gpu_folio_pfn(const struct folio *folio)
 {
 	return folio_pfn(folio);
@@ -32,9 +43,19 @@ struct folio *hmm_gpu_page_folio(struct page *page)
 	return page_folio(page);
 }
 
-struct folio *hmm_gpu_folio_alloc(unsigned int order, bool may_fail)
+struct folio *hmm_gpu_folio_alloc(unsigned int order, enum hmm_gpu_effort effort)
 {
-	return folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOWARN | (may_fail ? __GFP_RETRY_MAYFAIL : 0), order);
+	gfp_t page = GFP_HIGHUSER_MOVABLE | __GFP_NOWARN;
+	gfp_t large = GFP_TRANSHUGE | __GFP_NOWARN;
+
+	switch (effort) {
+	case HMM_GPU_PAGE_FAULT:
+		return folio_alloc(order ? GFP_TRANSHUGE_LIGHT : page, order);
+	case HMM_GPU_MAY_FAIL:
+		return folio_alloc(order ? large | __GFP_NORETRY : page | __GFP_RETRY_MAYFAIL, order);
+	default:
+		return folio_alloc((order ? large : page) | __GFP_RETRY_MAYFAIL, order);
+	}
 }
 
 void hmm_gpu_folio_lock(struct folio *folio)
@@ -189,6 +210,11 @@ bool hmm_gpu_vma_is_shadow_stack(const struct vm_area_struct *vma)
 int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm)
 {
 	return mmap_read_lock_killable(mm);
+}
+
+bool hmm_gpu_mmap_read_trylock(struct mm_struct *mm)
+{
+	return mmap_read_trylock(mm);
 }
 
 void hmm_gpu_mmap_read_unlock(struct mm_struct *mm)

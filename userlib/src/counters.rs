@@ -100,6 +100,12 @@ counters! {
     device_read_bytes,
     /// Bytes that the device wrote at process addresses.
     device_written_bytes,
+    /// Folios of 2 MiB that moved to the device whole, on request, in folios. Their pages are part of `to_device_pages`.
+    large_to_device,
+    /// Folios of 2 MiB that moved to the system whole, for whatever reason, in folios.
+    large_to_system,
+    /// Folios of 2 MiB for which there was none on the other side, so that their pages move one by one, in folios.
+    large_failures,
 }
 
 #[cfg(test)]
