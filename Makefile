@@ -57,6 +57,10 @@ test-debug: ## what of it runs in a guest, on a kernel that checks (KASAN, lockd
 test-all: ## everything that can be verified: both, in one count
 	@bench/test --all
 
+.PHONY: hmm-tests
+hmm-tests: driver ## the kernel's own HMM suite on the driver and on the C module it was written for, side by side
+	@bench/hmm-tests/run
+
 .PHONY: clean
 clean: ## remove what was built in this clone (the cache folder stays)
 	rm -rf target driver/sys/*_generated.rs
