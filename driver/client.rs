@@ -19,10 +19,15 @@ use crate::{
     migration::{Progress, Request, Target},
     mirror::{Batch, Engine, Operation, Policy, Service},
     split::Opened,
-    sys::{gate::Gate, node},
+    sys::{
+        gate::Gate,
+        mapping::{Atomic, AtomicOp},
+        node,
+    },
     uapi::{
-        self, hmm_gpu_access, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault,
-        hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+        self, hmm_gpu_access, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault,
+        hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
+        hmm_gpu_snapshot,
     },
     units,
 };
@@ -32,6 +37,7 @@ use kernel::{
     new_mutex,
     prelude::*,
     sync::{aref::ARef, Arc, Mutex, SetOnce},
+    task::CurrentTask,
     uaccess::UserSlice,
 };
 
@@ -67,12 +73,7 @@ impl node::Client for Client {
 
     fn ioctl(self: Pin<&Self>, number: u32, argument: usize) -> Result {
         let current = current!();
-        let mm = current
-            .mm()
-            .filter(|mm| mm.as_raw() == self.mm.as_raw())
-            .ok_or(EPERM)?;
-        // For an answer that does not depend on the arguments once the device is gone.
-        drop(self.gate.enter()?);
+        let mm = self.own(&current)?;
         match number & !SIZE_BITS {
             n if n == uapi::HMM_GPU_QUERY & !SIZE_BITS => self.query(number, argument),
             n if n == uapi::HMM_GPU_MIGRATE & !SIZE_BITS => self.migrate(mm, number, argument),
@@ -82,14 +83,31 @@ impl node::Client for Client {
             n if n == uapi::HMM_GPU_ACCESS & !SIZE_BITS => self.access(mm, number, argument),
             n if n == uapi::HMM_GPU_FAULT & !SIZE_BITS => self.fault(mm, number, argument),
             n if n == uapi::HMM_GPU_SNAPSHOT & !SIZE_BITS => self.snapshot(mm, number, argument),
+            n if n == uapi::HMM_GPU_ATOMIC & !SIZE_BITS => self.atomic(mm, number, argument),
             _ => Err(ENOTTY),
         }
     }
 }
 
 impl Client {
+    /// The address space of the calling task, if it is the file's own (`EPERM`) and the device is
+    /// there (`ENODEV`): so that these answers do not depend on a call's arguments.
+    pub(crate) fn own<'a>(&self, current: &'a CurrentTask) -> Result<&'a MmWithUser> {
+        let mm = current
+            .mm()
+            .filter(|mm| mm.as_raw() == self.mm.as_raw())
+            .ok_or(EPERM)?;
+        self.gate.enter()?;
+        Ok(mm)
+    }
+
+    /// The way to the device.
+    pub(crate) fn gate(&self) -> &MemoryGate {
+        &self.gate
+    }
+
     /// The mirror of the address space.
-    fn mirror(&self, mm: &MmWithUser) -> Result<&Mirror<DeviceMemory>> {
+    pub(crate) fn mirror(&self, mm: &MmWithUser) -> Result<&Mirror<DeviceMemory>> {
         if self.mirror.as_ref().is_none() {
             let _making = self.mirror_lock.lock();
             if self.mirror.as_ref().is_none() {
@@ -109,7 +127,10 @@ impl Client {
         let (query, user) = UserStructure::read::<hmm_gpu_query>(number, argument, SMALLEST_QUERY)?;
         // The fields that the driver writes may hold anything before.
         require(query.flags == 0 && query.reserved == [0; 5])?;
-        let answer = self.gate.enter()?.data().describe();
+        let answer = {
+            let map = self.gate.enter()?;
+            map.data().describe(map.kind())
+        };
         user.write(answer)
     }
 
@@ -344,6 +365,46 @@ impl Client {
         result.and(written)
     }
 
+    fn atomic(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
+        let (mut atomic, user) =
+            UserStructure::read::<hmm_gpu_atomic>(number, argument, SMALLEST_ATOMIC)?;
+        require(atomic.flags == 0 && atomic.reserved == [0; 3])?;
+        let policy = policy(atomic.policy)?;
+        let op = match atomic.op {
+            uapi::HMM_GPU_ATOMIC_ADD => AtomicOp::Add,
+            uapi::HMM_GPU_ATOMIC_AND => AtomicOp::And,
+            uapi::HMM_GPU_ATOMIC_OR => AtomicOp::Or,
+            uapi::HMM_GPU_ATOMIC_XCHG => AtomicOp::Exchange,
+            uapi::HMM_GPU_ATOMIC_CMPXCHG => AtomicOp::CompareExchange,
+            _ => return Err(EINVAL),
+        };
+        let wide = match atomic.bytes {
+            4 => false,
+            8 => true,
+            _ => return Err(EINVAL),
+        };
+        let most = if wide { u64::MAX } else { u32::MAX.into() };
+        require(atomic.operand <= most && atomic.compare <= most)?;
+        require(op == AtomicOp::CompareExchange || atomic.compare == 0)?;
+        let operation = Atomic {
+            op,
+            wide,
+            operand: atomic.operand,
+            compare: atomic.compare,
+        };
+        let addr = usize::try_from(atomic.addr)?;
+        require(addr % operation.bytes() == 0)?;
+        let mut engine = Engine::new(&self.gate, self.mirror(mm)?, mm, Some(policy));
+        let result = engine.atomic(addr, &operation);
+        if let Ok(old) = result {
+            atomic.old = old;
+        }
+        // CAST: Widens.
+        atomic.faults = engine.accessed.faults as u64;
+        let written = user.write(atomic);
+        result.map(drop).and(written)
+    }
+
     fn fault(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
         let (mut fault, user) =
             UserStructure::read::<hmm_gpu_fault>(number, argument, SMALLEST_FAULT)?;
@@ -387,7 +448,7 @@ fn policy(number: u32) -> Result<Policy> {
 /// much was done before, and the buffer; it returns how much it has done, and why not all.
 ///
 /// Returns how much was done in all, and why not all. Fails if there is no memory for the buffer.
-fn in_pieces(
+pub(crate) fn in_pieces(
     len: usize,
     mut piece: impl FnMut(usize, &mut [u8]) -> (usize, Result),
 ) -> Result<(usize, Result)> {
@@ -429,7 +490,12 @@ fn snapshot_entry(map: &PageMap<DeviceMemory>, seen: Seen, entry: Option<Seen>) 
             word |= flag(other, uapi::HMM_GPU_SNAPSHOT_OTHER_DEVICE);
         }
     }
-    if let Some(entry) = entry {
+    if entry.is_some_and(Seen::is_exclusive) {
+        // No CPU maps the page: that is what makes the entry true.
+        word |= uapi::HMM_GPU_SNAPSHOT_MIRRORED
+            | uapi::HMM_GPU_SNAPSHOT_MIRROR_EXCLUSIVE
+            | flag(seen.pfn().is_none(), uapi::HMM_GPU_SNAPSHOT_MIRROR_CURRENT);
+    } else if let Some(entry) = entry {
         // An entry that allows less than the page does is as good; one that allows more is not.
         let current = entry.pfn() == seen.pfn() && (seen.is_writable() || !entry.is_writable());
         word |= uapi::HMM_GPU_SNAPSHOT_MIRRORED
@@ -485,6 +551,8 @@ const SMALLEST_MIRROR: usize = 0x50;
 const SMALLEST_ACCESS: usize = 0x60;
 const SMALLEST_FAULT: usize = 0x40;
 const SMALLEST_SNAPSHOT: usize = 0x30;
+// That of version 3.
+const SMALLEST_ATOMIC: usize = 0x50;
 
 /// The bits of a call's number that say how long the caller's structure is.
 const SIZE_BITS: u32 = 0x3fff << 16;

@@ -10,7 +10,7 @@ use crate::{
     counters::Counters,
     hmm::{
         migrate::{Collected, Entries, Fault, FaultOutcome},
-        pagemap::{Form, Ops, Owner, PageMap},
+        pagemap::{Form, Kind, Ops, Owner, PageMap},
         PAGE_BYTES,
     },
     migration::{move_to_system, Cause, Scratch, BATCH},
@@ -102,16 +102,22 @@ impl DeviceMemory {
     }
 
     /// The answer to `QUERY`.
-    pub(crate) fn describe(&self) -> uapi::hmm_gpu_query {
+    pub(crate) fn describe(&self, kind: Kind) -> uapi::hmm_gpu_query {
+        let coherent = match kind {
+            Kind::Private => 0,
+            Kind::Coherent => uapi::HMM_GPU_CAP_COHERENT,
+        };
         let bytes = |pages: usize| (pages * PAGE_BYTES) as u64;
         uapi::hmm_gpu_query {
             flags: 0,
             version: uapi::HMM_GPU_VERSION,
-            capabilities: uapi::HMM_GPU_CAP_MIGRATE
+            capabilities: coherent
+                | uapi::HMM_GPU_CAP_MIGRATE
                 | uapi::HMM_GPU_CAP_RESIDENCY
                 | uapi::HMM_GPU_CAP_COUNTERS
                 | uapi::HMM_GPU_CAP_FAULT_BACK
-                | uapi::HMM_GPU_CAP_MIRROR,
+                | uapi::HMM_GPU_CAP_MIRROR
+                | uapi::HMM_GPU_CAP_ATOMIC,
             unit: self.identity.unit,
             source: match self.vram {
                 Vram::Pci(_) => uapi::HMM_GPU_SOURCE_PCI,

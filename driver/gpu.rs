@@ -8,7 +8,8 @@ use crate::{
     alloc::{Allocator, BLOCK_BYTES},
     client::{Client, MemoryGate},
     devmem::{DeviceMemory, Identity},
-    hmm::pagemap::{Form, PageMap, Parent, Registered},
+    dmirror::{self, Dmirror},
+    hmm::pagemap::{Form, Kind, PageMap, Parent, Registered},
     sys::{
         gate::{Lend, Lent},
         node::Node,
@@ -25,8 +26,10 @@ use kernel::{prelude::*, sync::Arc};
 /// number.
 pub(crate) struct Gpu<D: Parent> {
     node: Option<Pin<KBox<Node<Client>>>>,
+    dmirror_node: Option<Pin<KBox<Node<Dmirror>>>>,
     memory: Lent<Registered<D, DeviceMemory>>,
     unit: Unit,
+    dmirror: Option<dmirror::Unit>,
 }
 
 /// The steps after which a probe can be told to fail: see the module parameter `fail_probe`.
@@ -42,7 +45,8 @@ pub(crate) enum Step {
 }
 
 impl<D: Parent> Gpu<D> {
-    /// Puts the VRAM of a device to use, as device `unit`. `pci` is where the device is.
+    /// Puts the VRAM of a device to use, as device `unit`. `pci` is where the device is. With `dmirror`
+    /// it gets that endpoint too.
     ///
     /// Nobody can open it before [`Gpu::publish`].
     pub(crate) fn new(
@@ -51,7 +55,9 @@ impl<D: Parent> Gpu<D> {
         form: Form,
         pci: (u32, u32),
         vram: Vram,
+        dmirror: Option<dmirror::Unit>,
     ) -> Result<Self> {
+        let kind = dmirror.as_ref().map_or(Kind::Private, dmirror::Unit::kind);
         let identity = Identity {
             unit: unit.number(),
             pci,
@@ -62,21 +68,27 @@ impl<D: Parent> Gpu<D> {
         let alloc = Allocator::new(bytes)?;
         crate::fail_after(Step::Allocator)?;
         let memory = DeviceMemory::new(identity, vram, alloc);
-        let memory = Lent::new(Registered::new(device, form, bytes, memory)?)?;
+        let memory = Lent::new(Registered::new(device, form, kind, bytes, memory)?)?;
         crate::fail_after(Step::PageMap)?;
         let map: &PageMap<DeviceMemory> = memory.owner().lend();
         map.data().splitter.set_gate(memory.gate());
         unit.set_pages(map.first_pfn(), map.pages());
         pr_info!(
-            "{}: {} MiB of VRAM as device-private pages at {:#x}\n",
+            "{}: {} MiB of VRAM as device-{} pages at {:#x}\n",
             unit.name(),
             bytes >> 20,
+            match kind {
+                Kind::Private => "private",
+                Kind::Coherent => "coherent",
+            },
             memory.owner().start()
         );
         Ok(Self {
             node: None,
+            dmirror_node: None,
             memory,
             unit,
+            dmirror,
         })
     }
 
@@ -89,6 +101,10 @@ impl<D: Parent> Gpu<D> {
     pub(crate) fn publish(mut self) -> Result<Self> {
         let node = Node::new(self.unit.name(), self.memory.gate().clone());
         self.node = Some(KBox::try_pin_init(node, GFP_KERNEL)?);
+        if let Some(unit) = &self.dmirror {
+            let node = Node::new(unit.name(), self.memory.gate().clone());
+            self.dmirror_node = Some(KBox::try_pin_init(node, GFP_KERNEL)?);
+        }
         crate::fail_after(Step::Node)?;
         Ok(self)
     }

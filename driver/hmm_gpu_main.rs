@@ -11,6 +11,7 @@ mod bitmap;
 mod client;
 mod counters;
 mod devmem;
+mod dmirror;
 mod gpu;
 mod hmm;
 mod migration;
@@ -53,6 +54,10 @@ module! {
         add_resource: bool {
             default: false,
             description: "Register the BAR's own physical addresses instead of free ones",
+        },
+        dmirror: bool {
+            default: false,
+            description: "For tests: make /dev/hmm_dmirror0 to 3, as lib/test_hmm.c does; units 2 and 3 are device-coherent",
         },
         offer_ram: u64 {
             default: 0,

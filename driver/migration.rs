@@ -13,7 +13,7 @@ use crate::{
         folio::{Effort, SystemFolio},
         migrate::{Collected, Entries, Grain, Select, Source},
         mirror::{Mirror, Seen},
-        pagemap::{PageMap, MAX_ORDER},
+        pagemap::{Kind, PageMap, MAX_ORDER},
         vma::{LockedVma, ReadLocked},
         PAGE_BYTES,
     },
@@ -243,6 +243,8 @@ pub(crate) struct Request<'a> {
     gate: &'a MemoryGate,
     mirror: &'a Mirror<DeviceMemory>,
     target: Target,
+    /// For tests: the next folio of 2 MiB cannot be had.
+    fail_large: bool,
     scratch: Scratch,
     indices: KVec<u32>,
     seen: KVec<Seen>,
@@ -259,10 +261,16 @@ impl<'a> Request<'a> {
             gate,
             mirror,
             target,
+            fail_large: false,
             scratch: Scratch::new()?,
             indices: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
             seen: KVec::from_elem(Seen::default(), BATCH, GFP_KERNEL)?,
         })
+    }
+
+    /// For tests: the next folio of 2 MiB that is wanted cannot be had.
+    pub(crate) fn fail_large(&mut self) {
+        self.fail_large = true;
     }
 
     /// Moves the pages of `[start, end)`, both page aligned. Whatever it returns, `progress` says
@@ -314,18 +322,23 @@ impl<'a> Request<'a> {
         end: usize,
         progress: &mut Progress,
     ) -> Result {
-        let select = match self.target {
-            Target::Device => Select::System,
-            Target::System => Select::Device,
+        let kind = map.kind();
+        let select = match (self.target, kind) {
+            (Target::Device, _) => Select::System,
+            (Target::System, Kind::Private) => Select::Device,
+            (Target::System, Kind::Coherent) => Select::Coherent,
         };
         // What nobody may access is not populated: a heap or a stack has such ranges, large and
         // empty.
         let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
         let mut outcome = Outcome::default();
-        if vma.is_anonymous() && (accessible || self.target == Target::System) {
+        let may_have = vma.is_anonymous() || vma.flags() & flags::SHARED == 0;
+        if may_have && (accessible || self.target == Target::System) {
             // On the device as in system memory: who wants no large pages (`MADV_NOHUGEPAGE`) gets
             // none. What is large there comes back as it is.
             let small = vma.flags() & flags::NOHUGEPAGE != 0 && self.target == Target::Device;
+            // Device-coherent folios are of a page: the kernel does not collect others.
+            let small = small || kind == Kind::Coherent || core::mem::take(&mut self.fail_large);
             let first = if small { Grain::Page } else { Grain::Large };
             for grain in [first, Grain::Page] {
                 let entries = self.scratch.entries();

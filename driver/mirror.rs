@@ -18,7 +18,7 @@ use crate::{
     migration::{Progress, Request, Target},
     radix::Home,
     sys::{
-        mapping::{Mapping, Written},
+        mapping::{Atomic, Mapping, Written},
         sort::sort_pairs,
     },
     uapi::{self, hmm_gpu_device_fault, HMM_GPU_PAGE_BYTES},
@@ -116,6 +116,15 @@ pub(crate) enum Policy {
     Migrate,
 }
 
+/// Which pages are mapped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Where {
+    /// Wherever they lie.
+    Anywhere,
+    /// Those in the device's own memory.
+    Own,
+}
+
 /// A page of a window.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Page {
@@ -189,7 +198,7 @@ impl<'a> Service<'a> {
                 if attempt < MIGRATE_ATTEMPTS {
                     self.migrate(base)?;
                 }
-                self.map(base)?;
+                self.map(base, Where::Anywhere)?;
             }
             self.fault_in(base)?;
         }
@@ -199,6 +208,34 @@ impl<'a> Service<'a> {
         if !self.window.iter().any(mapped) {
             let map = self.gate.enter()?;
             self.mirror.trim(&map, base);
+        }
+        Ok(())
+    }
+
+    /// Has the pages of `[start, end)`, which is in one window, be what is wanted of it.
+    pub(crate) fn want(&mut self, start: usize, end: usize, access: Access) {
+        let base = start & !(WINDOW_BYTES - 1);
+        let wanted = (start - base) / PAGE_BYTES..(end - base).div_ceil(PAGE_BYTES);
+        for (i, page) in self.window.iter_mut().enumerate() {
+            *page = if wanted.contains(&i) {
+                Page::Wanted(access)
+            } else {
+                Page::Idle
+            };
+        }
+    }
+
+    /// Maps what is wanted in the window at `base` and is in the device's own memory. Moves nothing,
+    /// and faults nothing in.
+    pub(crate) fn map_own(&mut self, base: usize) -> Result {
+        // It comes and goes with what others do.
+        const ATTEMPTS: usize = 16;
+
+        for _ in 0..ATTEMPTS {
+            if !self.is_wanted() || !self.prepare(base)? {
+                break;
+            }
+            self.map(base, Where::Own)?;
         }
         Ok(())
     }
@@ -312,7 +349,7 @@ impl<'a> Service<'a> {
     }
 
     /// Makes entries for what is there for what is wanted of it.
-    fn map(&mut self, base: usize) -> Result {
+    fn map(&mut self, base: usize, which: Where) -> Result {
         let Some((first, _, _)) = self.next_run(0) else {
             return Ok(());
         };
@@ -324,6 +361,7 @@ impl<'a> Service<'a> {
         let begun = self.mirror.begin();
         let lock = ReadLocked::new(self.mm)?;
         let map = self.gate.enter()?;
+        let is_own = |seen: Seen| seen.pfn().is_some_and(|pfn| map.index_of(pfn).is_some());
         let result = self.mirror.map(
             Look {
                 begun: &begun,
@@ -332,8 +370,8 @@ impl<'a> Service<'a> {
             },
             base + first * PAGE_BYTES,
             seen,
-            |i| match pages.get(i)?.get() {
-                Page::Wanted(access) => Some(access),
+            |i, seen| match pages.get(i)?.get() {
+                Page::Wanted(access) if which == Where::Anywhere || is_own(seen) => Some(access),
                 _ => None,
             },
             |i, mapped| {
@@ -621,6 +659,52 @@ impl<'a> Engine<'a> {
         (done, Ok(()))
     }
 
+    /// Does an atomic operation on the word at `addr`, and returns what it was before.
+    ///
+    /// Waits for user space, in a fault: nothing may be locked or lent.
+    pub(crate) fn atomic(&mut self, addr: usize, operation: &Atomic) -> Result<u64> {
+        const ATTEMPTS: usize = 256;
+
+        let end = addr.checked_add(operation.bytes()).ok_or(EINVAL)?;
+        if end > user_end() {
+            return Err(EFAULT);
+        }
+        for _ in 0..ATTEMPTS {
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let miss = {
+                let map = self.gate.enter()?;
+                match self.mirror.atomic(&map, addr, operation)? {
+                    Ok(old) => return Ok(old),
+                    Err(miss) => miss,
+                }
+            };
+            // Mapped where it lies, it is either in the device's memory, which will do, or has to be
+            // taken for the device alone.
+            self.miss(addr, end, Access::Write, miss)?;
+            let page = addr & !(PAGE_BYTES - 1);
+            let is_own = {
+                let service = self.service.as_ref().ok_or(EAGAIN)?;
+                let at = service.window.get(page % WINDOW_BYTES / PAGE_BYTES);
+                matches!(at, Some(Page::Mapped { device: true }))
+            };
+            if is_own {
+                continue;
+            }
+            match self.mirror.exclusive(self.mm, page) {
+                Err(error) if error == EBUSY => (),
+                // In sleep there is none.
+                Err(error) if error == EAGAIN => {
+                    let sleep = self.gate.enter()?.data().sleep.clone();
+                    sleep.wait()?;
+                }
+                result => result?,
+            }
+        }
+        Err(EBUSY)
+    }
+
     /// Does an operation on bytes of one page.
     fn piece(
         &self,
@@ -665,17 +749,9 @@ impl<'a> Engine<'a> {
             none => none.insert(Service::new(self.gate, self.mirror, self.mm, policy)?),
         };
         let base = at & !(WINDOW_BYTES - 1);
-        let first = (at - base) / PAGE_BYTES;
-        let end = (end - base).min(WINDOW_BYTES).div_ceil(PAGE_BYTES);
-        for (i, page) in service.window.iter_mut().enumerate() {
-            *page = if (first..end).contains(&i) {
-                Page::Wanted(access)
-            } else {
-                Page::Idle
-            };
-        }
+        service.want(at, end.min(base.saturating_add(WINDOW_BYTES)), access);
         service.run(base)?;
-        match service.window.get(first) {
+        match service.window.get((at - base) / PAGE_BYTES) {
             Some(Page::Failed(error)) => Err(*error),
             _ => Ok(()),
         }

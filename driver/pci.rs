@@ -6,8 +6,9 @@
 
 use crate::{
     alloc::BLOCK_BYTES,
+    dmirror,
     gpu::{Gpu, Step},
-    hmm::pagemap::Form,
+    hmm::pagemap::{Form, Kind},
     sleep::Sleepy,
     sys::{
         pci::{address, largest_prefetchable, Bar, Enabled},
@@ -69,6 +70,15 @@ impl<'bound> PciGpu<'bound> {
     }
 }
 
+/// Whether the BAR of a device is memory like any other: those of QEMU's that are, for nothing tells it
+/// of hardware.
+fn is_coherent(pdev: &pci::Device) -> bool {
+    const BOCHS_DISPLAY: (u16, u16) = (0x1234, 0x1111);
+    const IVSHMEM: (u16, u16) = (0x1af4, 0x1110);
+
+    [BOCHS_DISPLAY, IVSHMEM].contains(&(pdev.vendor_id().as_raw(), pdev.device_id()))
+}
+
 fn new_gpu<'bound>(pdev: &'bound pci::Device<Core<'_>>) -> Result<Gpu<&'bound pci::Device<Bound>>> {
     let Some((bar, start, len)) = largest_prefetchable(pdev) else {
         dev_err!(
@@ -88,7 +98,20 @@ fn new_gpu<'bound>(pdev: &'bound pci::Device<Core<'_>>) -> Result<Gpu<&'bound pc
         return Err(ENODEV);
     }
     crate::fail_after(Step::FindBar)?;
-    let mapping = Bar::new(pdev, bar, bytes).inspect_err(|error| {
+    let dmirror = dmirror::Unit::take();
+    let coherent = dmirror
+        .as_ref()
+        .is_some_and(|unit| unit.kind() == Kind::Coherent);
+    if coherent && !is_coherent(pdev) {
+        dev_err!(
+            pdev,
+            "dmirror=1: the third and fourth device become device-coherent memory, and device {:04x}:{:04x} is not known to be coherent with the CPU's caches\n",
+            u16::from(pdev.vendor_id().as_raw()),
+            pdev.device_id()
+        );
+        return Err(EOPNOTSUPP);
+    }
+    let mapping = Bar::new(pdev, bar, bytes, coherent).inspect_err(|error| {
         dev_err!(
             pdev,
             "cannot have BAR {} ({} MiB at {:#x}): {:?}\n",
@@ -111,10 +134,10 @@ fn new_gpu<'bound>(pdev: &'bound pci::Device<Core<'_>>) -> Result<Gpu<&'bound pc
         return Err(EIO);
     }
     crate::fail_after(Step::Check)?;
-    let form = match *crate::module_parameters::add_resource.value_ref() {
+    let form = match coherent || *crate::module_parameters::add_resource.value_ref() {
         true => Form::AddResource { start },
         false => Form::Add,
     };
     let device: &'bound pci::Device<Bound> = pdev;
-    Gpu::new(Unit::take()?, device, form, address(pdev), vram)?.publish()
+    Gpu::new(Unit::take()?, device, form, address(pdev), vram, dmirror)?.publish()
 }

@@ -5,7 +5,12 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    alloc::BLOCK_BYTES, gpu::Gpu, hmm::pagemap::Form, sys::mapping::Mapping, units::Unit,
+    alloc::BLOCK_BYTES,
+    dmirror,
+    gpu::Gpu,
+    hmm::pagemap::{Form, Kind},
+    sys::mapping::Mapping,
+    units::Unit,
     vram::Vram,
 };
 use kernel::{faux, prelude::*};
@@ -14,11 +19,11 @@ use kernel::{faux, prelude::*};
 pub(crate) type SoftGpu = Gpu<faux::Registration>;
 
 /// Makes one with `bytes` of VRAM, a multiple of [`BLOCK_BYTES`].
-fn new(bytes: u64, form: Form) -> Result<SoftGpu> {
+fn new(bytes: u64, form: Form, dmirror: Option<dmirror::Unit>) -> Result<SoftGpu> {
     let unit = Unit::take()?;
     let host = faux::Registration::new(unit.name(), None)?;
     let vram = Vram::Soft(Mapping::system(usize::try_from(bytes)?)?);
-    Gpu::new(unit, host, form, (0, 0), vram)
+    Gpu::new(unit, host, form, (0, 0), vram, dmirror)
 }
 
 /// Makes `count` of them, each with `mib` MiB of VRAM. They are not published.
@@ -33,8 +38,13 @@ pub(crate) fn devices(count: u32, mib: u32) -> Result<KVec<SoftGpu>> {
         return Err(EINVAL);
     }
     let mut devices = KVec::new();
+    // An endpoint's tests want two.
+    let dmirror = *crate::module_parameters::dmirror.value_ref();
+    let count = if dmirror && count == 1 { 2 } else { count };
     for _ in 0..count {
-        devices.push(new(bytes, Form::Add)?, GFP_KERNEL)?;
+        // Its memory is not a device's, so it cannot be coherent.
+        let dmirror = dmirror::Unit::take().filter(|unit| unit.kind() == Kind::Private);
+        devices.push(new(bytes, Form::Add, dmirror)?, GFP_KERNEL)?;
     }
     Ok(devices)
 }
@@ -42,7 +52,7 @@ pub(crate) fn devices(count: u32, mib: u32) -> Result<KVec<SoftGpu>> {
 /// Makes one whose pages have the 2 MiB of physical addresses from `start` on, and takes it down
 /// again: what is System RAM must be refused.
 pub(crate) fn offer(start: u64) -> Result {
-    new(BLOCK_BYTES, Form::AddResource { start }).map(drop)
+    new(BLOCK_BYTES, Form::AddResource { start }, None).map(drop)
 }
 
 /// Publishes what [`devices`] has made. It cannot fail, since a module must not once somebody may

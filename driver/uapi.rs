@@ -22,7 +22,7 @@
 //! - A structure that cannot be read or written is `EFAULT`.
 
 /// Version of this interface. Grows when a call or a field is added; nothing is ever taken away.
-pub const HMM_GPU_VERSION: u32 = 2;
+pub const HMM_GPU_VERSION: u32 = 3;
 
 /// The page size this interface counts in, in bytes.
 pub const HMM_GPU_PAGE_BYTES: u64 = 4096;
@@ -47,6 +47,8 @@ pub const HMM_GPU_FAULT: u32 = 0xC040_E806;
 /// `SNAPSHOT`: tells what is at each page of a range, and what the device page table has for it.
 /// Moves nothing. Since version 2.
 pub const HMM_GPU_SNAPSHOT: u32 = 0xC030_E807;
+/// `ATOMIC`: the device does an atomic operation at a process address. Since version 3.
+pub const HMM_GPU_ATOMIC: u32 = 0xC050_E808;
 
 /// `MIGRATE` is there.
 pub const HMM_GPU_CAP_MIGRATE: u64 = 0x1;
@@ -58,6 +60,11 @@ pub const HMM_GPU_CAP_COUNTERS: u64 = 0x4;
 pub const HMM_GPU_CAP_FAULT_BACK: u64 = 0x8;
 /// `MIRROR`, `ACCESS`, `FAULT` and `SNAPSHOT` are there.
 pub const HMM_GPU_CAP_MIRROR: u64 = 0x10;
+/// `ATOMIC` is there.
+pub const HMM_GPU_CAP_ATOMIC: u64 = 0x20;
+/// The CPU reaches the VRAM where it is (`MEMORY_DEVICE_COHERENT`): pages do not come back when it
+/// touches them.
+pub const HMM_GPU_CAP_COHERENT: u64 = 0x40;
 
 /// The VRAM is system memory that stands in for a GPU's.
 pub const HMM_GPU_SOURCE_SOFT: u32 = 1;
@@ -256,6 +263,9 @@ pub const HMM_GPU_PTE_SYSTEM: u64 = 0x4;
 /// Set by the device in an entry that is not valid, for a page that it wants: so that it reports
 /// each miss once. The driver never reads it; what the driver writes next takes its place.
 pub const HMM_GPU_PTE_REQUESTED: u64 = 0x8;
+/// The device has the page to itself: it may read it, and do atomic operations on it, which it may on
+/// no other page in system memory. The entry goes when the CPU touches the page.
+pub const HMM_GPU_PTE_EXCLUSIVE: u64 = 0x10;
 /// The bits of an entry that hold an offset into the VRAM, in bytes.
 pub const HMM_GPU_PTE_OFFSET_MASK: u64 = 0x000f_ffff_ffff_f000;
 /// log2 of the number of entries of a node.
@@ -438,6 +448,9 @@ pub const HMM_GPU_SNAPSHOT_MIRROR_WRITABLE: u64 = 0x40;
 /// That entry is for the very page that is there. Always set beside `MIRRORED`: an entry without it
 /// would be stale.
 pub const HMM_GPU_SNAPSHOT_MIRROR_CURRENT: u64 = 0x80;
+/// That entry is exclusive: the page is in system memory and the device has it to itself. Then what
+/// the CPU would find is not told (`VALID` is not set).
+pub const HMM_GPU_SNAPSHOT_MIRROR_EXCLUSIVE: u64 = 0x2000;
 /// Where in an entry the map order is: the page is mapped together with `1 << order` pages.
 pub const HMM_GPU_SNAPSHOT_ORDER_SHIFT: u32 = 8;
 /// The bits of the map order, after the shift.
@@ -470,6 +483,59 @@ pub struct hmm_gpu_snapshot {
     pub reserved: [u64; 2],
 }
 
+/// Adds the operand.
+pub const HMM_GPU_ATOMIC_ADD: u32 = 0;
+/// Bitwise and with the operand.
+pub const HMM_GPU_ATOMIC_AND: u32 = 1;
+/// Bitwise or with the operand.
+pub const HMM_GPU_ATOMIC_OR: u32 = 2;
+/// Stores the operand.
+pub const HMM_GPU_ATOMIC_XCHG: u32 = 3;
+/// Stores the operand if the word is what `compare` says.
+pub const HMM_GPU_ATOMIC_CMPXCHG: u32 = 4;
+
+/// The device does an atomic operation on a word of the process's memory.
+///
+/// In the device's VRAM it does so there. A page in system memory it takes for itself first
+/// (`make_device_exclusive`): no CPU maps it until one touches it, and then the device's entry has
+/// gone. So no CPU sees the word half changed, and none changes it in between.
+///
+/// `faults` is written on failure too.
+///
+/// Errors: `EINVAL` (unknown operation, policy or flag, a size other than 4 and 8, an address that is
+/// not a multiple of it, operand or compare wider than that, compare without `CMPXCHG`, reserved field
+/// not zero), `EFAULT` (nothing is mapped there, or it leaves user space), `EACCES` (the mapping does
+/// not allow writing), `EOPNOTSUPP` (the page is not private anonymous memory: the kernel gives no
+/// other to a device), `EBUSY` (the page changed place too often), `ENOSPC` (no VRAM for the table),
+/// `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_atomic {
+    /// In: where the word is; a multiple of `bytes`.
+    pub addr: u64,
+    /// In: what the operation takes.
+    pub operand: u64,
+    /// In: with `CMPXCHG`, what the word must be; zero otherwise.
+    pub compare: u64,
+    /// Out: what the word was before.
+    pub old: u64,
+    /// In: `HMM_GPU_ATOMIC_*`.
+    pub op: u32,
+    /// In: 4 or 8.
+    pub bytes: u32,
+    /// In: `HMM_GPU_POLICY_MAP` (where the page lies) or `HMM_GPU_POLICY_MIGRATE` (move it to the device
+    /// if it can be).
+    pub policy: u32,
+    /// In: must be zero.
+    pub flags: u32,
+    /// Out: how many times the device had no entry that allowed it.
+    pub faults: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 3],
+}
+
 /// `_IOWR(0xE8, nr, size)` of `<linux/ioctl.h>`.
 const fn iowr(nr: u32, size: usize) -> u32 {
     (3 << 30) | ((size as u32) << 16) | (0xE8 << 8) | nr
@@ -483,3 +549,4 @@ const _: () = assert!(HMM_GPU_MIRROR == iowr(4, size_of::<hmm_gpu_mirror>()));
 const _: () = assert!(HMM_GPU_ACCESS == iowr(5, size_of::<hmm_gpu_access>()));
 const _: () = assert!(HMM_GPU_FAULT == iowr(6, size_of::<hmm_gpu_fault>()));
 const _: () = assert!(HMM_GPU_SNAPSHOT == iowr(7, size_of::<hmm_gpu_snapshot>()));
+const _: () = assert!(HMM_GPU_ATOMIC == iowr(8, size_of::<hmm_gpu_atomic>()));

@@ -5,11 +5,14 @@
 //! C header: `include/linux/mm_types.h`, `include/linux/memremap.h`.
 
 use crate::{
-    hmm::pagemap::{Ops, PageMap},
+    hmm::{
+        pagemap::{Ops, PageMap},
+        vma::ReadLocked,
+    },
     sys::bindings,
 };
 use core::{marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
-use kernel::prelude::*;
+use kernel::{error::to_result, prelude::*};
 
 /// The folio that page `pfn` is in.
 ///
@@ -38,6 +41,33 @@ impl LockedFolio {
     unsafe fn from_raw(folio: NonNull<bindings::folio>) -> Self {
         // INVARIANT: By the safety requirements.
         Self { folio }
+    }
+
+    /// Makes the page at `addr` of `lock`'s address space one that only devices reach
+    /// (`make_device_exclusive`), and returns it, with its folio locked: until that is unlocked, no CPU
+    /// gets it back by a touch. `owner` is named in the invalidation that this makes.
+    ///
+    /// Fails with `EFAULT` (nothing is mapped there, or nothing that can be written to), `EOPNOTSUPP`
+    /// (it is not anonymous memory), `EINTR`, and what a fault fails with.
+    pub(super) fn exclusive(
+        lock: &ReadLocked<'_>,
+        addr: usize,
+        owner: *mut c_void,
+    ) -> Result<(Self, usize)> {
+        let (mut folio, mut pfn) = (core::ptr::null_mut(), 0);
+        // SAFETY: The mmap lock is held, and there is room for both answers.
+        to_result(unsafe {
+            bindings::hmm_gpu_make_exclusive(
+                lock.mm().as_raw(),
+                addr,
+                owner,
+                &raw mut folio,
+                &raw mut pfn,
+            )
+        })?;
+        let folio = NonNull::new(folio).ok_or(EFAULT)?;
+        // SAFETY: The kernel gave the folio locked, and a reference to it.
+        Ok((unsafe { Self::from_raw(folio) }, pfn))
     }
 
     /// Takes back what [`LockedFolio::into_pfn`] gave away.
@@ -245,7 +275,8 @@ impl SourceFolio<'_> {
     }
 }
 
-/// Whether the locked page `pfn` is device-private, and if so the page map it belongs to.
+/// Whether the locked page `pfn` is device-private or device-coherent, and if so the page map it
+/// belongs to.
 ///
 /// # Safety
 ///
@@ -255,20 +286,23 @@ pub(super) unsafe fn page_map_of(pfn: usize) -> Option<*mut bindings::dev_pagema
     let folio = unsafe { folio_of(pfn) };
     // SAFETY: As above, so its folio is valid.
     unsafe {
-        bindings::hmm_gpu_folio_is_device_private(folio)
-            .then(|| bindings::hmm_gpu_folio_pgmap(folio))
+        bindings::hmm_gpu_folio_is_device(folio).then(|| bindings::hmm_gpu_folio_pgmap(folio))
     }
 }
 
-/// Whether KSM knows the folio that page `pfn` is in.
+/// Whether page `pfn` of system memory may move to a device: it is anonymous memory, which KSM does
+/// not know (the kernel would let it move, and KSM would then read device memory, in 7.3).
 ///
 /// # Safety
 ///
 /// The page is locked and referenced.
-pub(super) unsafe fn is_ksm(pfn: usize) -> bool {
+pub(super) unsafe fn may_move(pfn: usize) -> bool {
     // SAFETY: The page is referenced, by the safety requirements, so its folio is valid. Being
-    // locked, it does not become KSM's.
-    unsafe { bindings::hmm_gpu_folio_test_ksm(folio_of(pfn)) }
+    // locked, it stays what it is.
+    unsafe {
+        let folio = folio_of(pfn);
+        bindings::hmm_gpu_folio_test_anon(folio) && !bindings::hmm_gpu_folio_test_ksm(folio)
+    }
 }
 
 /// log2 of the number of pages of the folio that page `pfn` is in.

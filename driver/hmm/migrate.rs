@@ -31,6 +31,8 @@ const SHIFT: u32 = bindings::MIGRATE_PFN_SHIFT;
 const SELECT_SYSTEM: c_ulong = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM as c_ulong;
 const SELECT_DEVICE: c_ulong =
     bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE as c_ulong;
+const SELECT_COHERENT: c_ulong =
+    bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_COHERENT as c_ulong;
 const SELECT_COMPOUND: c_ulong =
     bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND as c_ulong;
 
@@ -47,6 +49,8 @@ pub(crate) enum Select {
     /// Device-private pages of any page map with the given owner (and untouched places, which the
     /// kernel always reports).
     Device,
+    /// The same of device-coherent pages.
+    Coherent,
 }
 
 /// What a migration does about large folios (of 2 MiB).
@@ -135,8 +139,7 @@ impl<T: Ops> State<'_, T> {
                 return None;
             }
             match folio::page_map_of(pfn) {
-                // The kernel would let it move, and KSM would then read device memory (7.3).
-                None if folio::is_ksm(pfn) => None,
+                None if !folio::may_move(pfn) => None,
                 None => Some(Source::System(SourceFolio::from_pfn(pfn, order))),
                 Some(raw) => {
                     let map = PageMap::<T>::from_raw(raw);
@@ -252,6 +255,7 @@ impl<'a, T: Ops> Collected<'a, T> {
         let mut flags = match select {
             Select::System => SELECT_SYSTEM,
             Select::Device => SELECT_DEVICE,
+            Select::Coherent => SELECT_COHERENT,
         };
         if grain == Grain::Large {
             flags |= SELECT_COMPOUND;

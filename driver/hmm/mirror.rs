@@ -17,6 +17,7 @@
 
 use crate::{
     hmm::{
+        folio::LockedFolio,
         pagemap::{Ops, PageMap},
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -25,9 +26,9 @@ use crate::{
     sys::{
         bindings,
         gate::Gate,
-        mapping::{Mapping, Written},
+        mapping::{Atomic, Mapping, Written},
     },
-    uapi::{HMM_GPU_PTE_SYSTEM, HMM_GPU_PTE_VALID, HMM_GPU_PTE_WRITABLE},
+    uapi::{HMM_GPU_PTE_EXCLUSIVE, HMM_GPU_PTE_SYSTEM, HMM_GPU_PTE_VALID, HMM_GPU_PTE_WRITABLE},
 };
 use kernel::{
     error::to_result,
@@ -44,6 +45,8 @@ use kernel::{
 const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
 const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
 const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
+/// In an entry of a tree, where there is no error: the device has the page to itself.
+const EXCLUSIVE: usize = ERROR;
 const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS;
 const REQ_FAULT: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_FAULT;
 const REQ_WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_WRITE;
@@ -73,7 +76,7 @@ pub(crate) trait Table: Ops {
 /// What is under a mirror's lock.
 struct State<T: Table> {
     /// An entry of the driver's copy is what was [`Seen`] there: a page frame number and the flags
-    /// `VALID` and `WRITE`.
+    /// `VALID`, and `WRITE` or `EXCLUSIVE`.
     tree: Tree<T::Home>,
     /// The epoch in which the tree was begun: in another, the device's copy is lost.
     epoch: u64,
@@ -104,7 +107,8 @@ pub(crate) struct Look<'a, T: Table> {
 ///
 /// - `raw` is registered (`mmu_interval_notifier_insert`) for all of user space.
 /// - While the lock of `state` is held, the page that an entry of the tree names is mapped at the
-///   entry's address in the address space, writable if the entry has `WRITE`: so it is valid. It is
+///   entry's address in the address space, writable if the entry has `WRITE`, and for devices only if
+///   it has `EXCLUSIVE`: so it is valid. It is
 ///   directly mapped system memory, or a page of the page map that `gate` leads to.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Mirror<T: Table> {
@@ -216,6 +220,16 @@ impl<T: Table> Mirror<T> {
                 ),
             )
         };
+        // Our own, on this task, from under `exclusive`: the page stays where it is, and nothing else is
+        // told.
+        // SAFETY: The range is valid for the call.
+        let own = unsafe {
+            (*range).event == bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE
+                && (*range).owner == raw.cast()
+        };
+        if own {
+            return true;
+        }
         // Once the device is gone nobody reads its copy.
         let map = this.gate.enter().ok();
         let state = if blockable {
@@ -511,7 +525,7 @@ impl<T: Table> Mirror<T> {
         look: Look<'_, T>,
         start: usize,
         seen: &mut [Seen],
-        wanted: impl Fn(usize) -> Option<Access>,
+        wanted: impl Fn(usize, Seen) -> Option<Access>,
         mut done: impl FnMut(usize, Mapped),
     ) -> Result {
         let map = look.map;
@@ -522,13 +536,15 @@ impl<T: Table> Mirror<T> {
                 return Ok(());
             }
             for (i, seen) in seen.iter().enumerate() {
-                let Some((access, pfn)) = wanted(i).zip(seen.pfn()) else {
+                let Some((access, pfn)) = wanted(i, *seen).zip(seen.pfn()) else {
                     continue;
                 };
                 if access == Access::Write && !seen.is_writable() {
                     continue;
                 }
-                let word = word(map, pfn, seen.is_writable());
+                // INVARIANT: As just seen; `prepare_page` checks the rest.
+                let entry = Seen(seen.0 & (VALID | WRITE) | pfn);
+                let word = word(map, entry);
                 // SAFETY: What was seen is true, so the page is mapped and cannot go while the lock
                 // is held.
                 match unsafe { prepare_page(word, pfn) } {
@@ -539,9 +555,8 @@ impl<T: Table> Mirror<T> {
                         continue;
                     }
                 }
-                // INVARIANT: As just seen; `prepare_page` has checked the rest.
                 // CAST: A word.
-                let entry = (seen.0 & (VALID | WRITE) | pfn) as u64;
+                let entry = entry.0 as u64;
                 let addr = start + i * PAGE_BYTES;
                 if state.tree.get(addr) != entry {
                     state.tree.set(addr, entry, word, store)?;
@@ -567,6 +582,115 @@ impl<T: Table> Mirror<T> {
         Ok(())
     }
 
+    /// Takes the page at `addr` for the device alone, with an entry that says so.
+    ///
+    /// Waits for user space, in a fault: nothing may be locked or lent. Fails as
+    /// [`LockedFolio::exclusive`] and [`Mirror::prepare`], with `EBUSY` if the address space kept changing, and
+    /// with `EACCES` for a shadow stack.
+    pub(crate) fn exclusive(&self, mm: &MmWithUser, addr: usize) -> Result {
+        const ATTEMPTS: usize = 64;
+
+        if addr >= user_end() {
+            return Err(EFAULT);
+        }
+        let addr = addr & !(PAGE_BYTES - 1);
+        for attempt in 0..ATTEMPTS {
+            self.prepare(&*self.gate.enter()?, addr)?;
+            if attempt > 0 {
+                // What the attempt before has changed is changed back, which is an invalidation, before
+                // this one begins.
+                let mut scratch = [Seen::default()];
+                self.fault_in(mm, addr, addr + PAGE_BYTES, Access::Write, &mut scratch)?;
+            }
+            let begun = self.begin();
+            let lock = ReadLocked::new(mm)?;
+            if !self.is_of(lock.mm()) {
+                return Err(EINVAL);
+            }
+            let vma = lock.find_vma(addr).filter(|vma| vma.start() <= addr);
+            if vma.ok_or(EFAULT)?.is_shadow_stack() {
+                return Err(EACCES);
+            }
+            // The notifier's address is the mark by which `invalidate` knows our own.
+            let (_locked, pfn) = LockedFolio::exclusive(&lock, addr, self.raw.get().cast())?;
+            let map = self.gate.enter()?;
+            let mut state = self.lock(&map)?;
+            // What is zapped, or unmapped, is not locked for that. A touch of the CPU waits for the
+            // folio, and its invalidation comes after this.
+            // SAFETY: The notifier is registered and the lock is held.
+            let retry =
+                unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), begun.seq) };
+            if retry || state.tree.missing(addr) > 0 {
+                continue;
+            }
+            // INVARIANT: Nothing has been invalidated since before the page was made exclusive. It is
+            // anonymous memory, which is directly mapped, or a page of the map.
+            let entry = Seen(VALID | EXCLUSIVE | pfn);
+            let store = map.data().store();
+            state
+                .tree
+                .set(addr, entry.0 as u64, word(&map, entry), store)?;
+            state.generation += 1;
+            Written::wait();
+            drop(state);
+            map.data().mapped(1);
+            return Ok(());
+        }
+        Err(EBUSY)
+    }
+
+    /// Whether the device has a page of `[start, end)` to itself.
+    pub(crate) fn has_exclusive(&self, map: &PageMap<T>, start: usize, end: usize) -> Result<bool> {
+        let state = self.lock(map)?;
+        Ok((start..end)
+            .step_by(PAGE_BYTES)
+            .any(|addr| Seen(state.tree.get(addr) as usize).is_exclusive()))
+    }
+
+    /// The first page of `[start, end)` that has no entry for an access.
+    pub(crate) fn first_missing(
+        &self,
+        map: &PageMap<T>,
+        start: usize,
+        end: usize,
+        access: Access,
+    ) -> Result<Option<usize>> {
+        let state = self.lock(map)?;
+        Ok((start..end).step_by(PAGE_BYTES).find(|&addr| {
+            let entry = Seen(state.tree.get(addr) as usize);
+            entry.pfn().is_none() || (access == Access::Write && !entry.is_writable())
+        }))
+    }
+
+    /// The device does an atomic operation on the word at `addr`, and is told what it was before.
+    ///
+    /// It may on a page that it can write to in its own memory, and on one in system memory that it has
+    /// to itself. Fails with `EINVAL` if the address is not a multiple of the word's size.
+    pub(crate) fn atomic(
+        &self,
+        map: &PageMap<T>,
+        addr: usize,
+        operation: &Atomic,
+    ) -> Result<core::result::Result<u64, Miss>> {
+        if addr % operation.bytes() != 0 {
+            return Err(EINVAL);
+        }
+        let mut old = 0;
+        let done = self.access(map, addr, operation.bytes(), Need::Atomic, |page| {
+            old = match page {
+                // SAFETY: As for writing; and the word is aligned, since the address is.
+                Page::System { bytes, pfn } => unsafe {
+                    bindings::hmm_gpu_mark_dirty(pfn);
+                    operation.run(bytes)
+                },
+                Page::Device { offset } => map.data().store().atomic(offset, operation)?,
+            };
+            Written::wait();
+            Ok(())
+        })?;
+        Ok(done.map(|()| old))
+    }
+
     /// The device reads at `addr`: fills `to`, which does not go beyond the page.
     pub(crate) fn read(
         &self,
@@ -574,7 +698,7 @@ impl<T: Table> Mirror<T> {
         addr: usize,
         to: &mut [u8],
     ) -> Result<core::result::Result<(), Miss>> {
-        self.access(map, addr, to.len(), Access::Read, |page| match page {
+        self.access(map, addr, to.len(), Need::Read, |page| match page {
             // SAFETY: Under the lock the page of an entry is valid and directly mapped, by the type
             // invariants; `access` has checked that the bytes are inside it.
             Page::System { bytes, .. } => to_result(unsafe {
@@ -591,7 +715,7 @@ impl<T: Table> Mirror<T> {
         addr: usize,
         from: &[u8],
     ) -> Result<core::result::Result<(), Miss>> {
-        self.access(map, addr, from.len(), Access::Write, |page| match page {
+        self.access(map, addr, from.len(), Need::Write, |page| match page {
             Page::System { bytes, pfn } => {
                 // SAFETY: As for reading. Others may access the bytes too, as they may those of any
                 // page of a process.
@@ -618,7 +742,7 @@ impl<T: Table> Mirror<T> {
         map: &PageMap<T>,
         addr: usize,
         len: usize,
-        access: Access,
+        need: Need,
         then: impl FnOnce(Page) -> Result,
     ) -> Result<core::result::Result<(), Miss>> {
         let offset = addr % PAGE_BYTES;
@@ -646,10 +770,17 @@ impl<T: Table> Mirror<T> {
             state.tree.request(addr, store);
             return Ok(Err(Miss { word }));
         };
-        if word != self::word(map, pfn, entry.is_writable()) {
+        if word != self::word(map, entry) {
             return Err(EIO);
         }
-        if access == Access::Write && !entry.is_writable() {
+        let allowed = match need {
+            Need::Read => true,
+            Need::Write => entry.is_writable(),
+            Need::Atomic => {
+                entry.is_exclusive() || (entry.is_writable() && map.index_of(pfn).is_some())
+            }
+        };
+        if !allowed {
             return Ok(Err(Miss { word }));
         }
         let page = match map.index_of(pfn) {
@@ -679,14 +810,16 @@ impl<T: Table> Mirror<T> {
     }
 }
 
-/// What the device's entry for page `pfn` says, of system memory or of `map`.
-fn word<T: Ops>(map: &PageMap<T>, pfn: usize, writable: bool) -> u64 {
-    let access = if writable {
+/// What the device's entry says for an entry of the tree: a page of system memory, or of `map`.
+fn word<T: Ops>(map: &PageMap<T>, entry: Seen) -> u64 {
+    let access = if entry.is_writable() {
         HMM_GPU_PTE_VALID | HMM_GPU_PTE_WRITABLE
+    } else if entry.is_exclusive() {
+        HMM_GPU_PTE_VALID | HMM_GPU_PTE_EXCLUSIVE
     } else {
         HMM_GPU_PTE_VALID
     };
-    match map.index_of(pfn) {
+    match map.index_of(entry.0 & !FLAGS) {
         // CAST: Widens.
         Some(index) => access | (index * PAGE_BYTES) as u64,
         None => access | HMM_GPU_PTE_SYSTEM,
@@ -726,6 +859,14 @@ unsafe fn prepare_page(word: u64, pfn: usize) -> Prepared {
     Prepared::Ready
 }
 
+/// What an access of the device needs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Read,
+    Write,
+    Atomic,
+}
+
 /// Where the device accesses memory.
 enum Page {
     /// System memory, at `bytes`, in page `pfn`.
@@ -754,6 +895,18 @@ impl Seen {
     /// asked for.
     pub(crate) fn pfn(self) -> Option<usize> {
         (self.0 & VALID != 0).then_some(self.0 & !FLAGS)
+    }
+
+    /// Whether it is a device-private page, which it was a moment ago at the latest.
+    pub(crate) fn is_private(self) -> bool {
+        // SAFETY: A page that was seen has a `struct page`, or had: this looks whether it still does.
+        self.pfn()
+            .is_some_and(|pfn| unsafe { bindings::hmm_gpu_is_private_pfn(pfn) })
+    }
+
+    /// Of an entry: whether the device has the page to itself.
+    pub(crate) fn is_exclusive(self) -> bool {
+        self.0 & (VALID | EXCLUSIVE) == VALID | EXCLUSIVE
     }
 
     /// Whether it could not be seen: the mapping allows no reading.

@@ -85,6 +85,15 @@ pub(crate) enum Form {
     },
 }
 
+/// What the CPU can do with the pages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// It cannot reach them (`MEMORY_DEVICE_PRIVATE`): a touch brings one back.
+    Private,
+    /// It reaches them as memory (`MEMORY_DEVICE_COHERENT`).
+    Coherent,
+}
+
 const FREE: i8 = 0;
 const TAIL: i8 = -1;
 
@@ -109,6 +118,7 @@ pub(crate) struct PageMap<T: Ops> {
     #[pin]
     raw: Opaque<bindings::dev_pagemap>,
     first_pfn: Atomic<usize>,
+    kind: Kind,
     closed: Atomic<bool>,
     paused: Atomic<bool>,
     state: KVVec<Atomic<i8>>,
@@ -130,7 +140,7 @@ impl<T: Ops> PageMap<T> {
         folio_split: Some(Self::folio_split),
     };
 
-    fn new(pages: usize, data: impl PinInit<T, Error>) -> Result<Pin<KBox<Self>>> {
+    fn new(pages: usize, kind: Kind, data: impl PinInit<T, Error>) -> Result<Pin<KBox<Self>>> {
         let mut state = KVVec::with_capacity(pages, GFP_KERNEL)?;
         for _ in 0..pages {
             state.push(Atomic::new(FREE), GFP_KERNEL)?;
@@ -141,6 +151,7 @@ impl<T: Ops> PageMap<T> {
             try_pin_init!(Self {
                 raw: Opaque::zeroed(),
                 first_pfn: Atomic::new(0),
+                kind,
                 closed: Atomic::new(false),
                 paused: Atomic::new(false),
                 state,
@@ -158,6 +169,11 @@ impl<T: Ops> PageMap<T> {
     /// How many pages there are.
     pub(crate) fn pages(&self) -> usize {
         self.state.len()
+    }
+
+    /// What the CPU can do with them.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The page frame number of the first page.
@@ -384,6 +400,7 @@ impl<D: Parent, T: Ops> Registered<D, T> {
     pub(crate) fn new(
         device: D,
         form: Form,
+        kind: Kind,
         bytes: u64,
         data: impl PinInit<T, Error>,
     ) -> Result<Self> {
@@ -397,14 +414,14 @@ impl<D: Parent, T: Ops> Registered<D, T> {
             );
             return Err(EINVAL);
         }
-        let map = PageMap::new(usize::try_from(bytes >> PAGE_SHIFT)?, data)?;
+        let map = PageMap::new(usize::try_from(bytes >> PAGE_SHIFT)?, kind, data)?;
         let (start, region) = match form {
             Form::Add => {
                 let region = request_free_region(dev, bytes)?;
                 (region.0, Some(region))
             }
             Form::AddResource { start } => {
-                check_range(dev, start, bytes)?;
+                check_range(dev, start, bytes, kind)?;
                 (start, None)
             }
         };
@@ -413,7 +430,10 @@ impl<D: Parent, T: Ops> Registered<D, T> {
         let raw = map.raw.get();
         // SAFETY: Nobody else knows `raw` yet.
         unsafe {
-            (*raw).type_ = bindings::memory_type_MEMORY_DEVICE_PRIVATE;
+            (*raw).type_ = match kind {
+                Kind::Private => bindings::memory_type_MEMORY_DEVICE_PRIVATE,
+                Kind::Coherent => bindings::memory_type_MEMORY_DEVICE_COHERENT,
+            };
             (*raw).owner = T::owner().as_raw();
             (*raw).ops = PageMap::<T>::OPS;
             (*raw).nr_range = 1;
@@ -517,7 +537,7 @@ fn release_region(dev: &Device<Bound>, region: Option<(u64, u64)>) {
 
 /// Whether `[start, start + bytes)` can become device pages: says why not, before `memremap_pages`
 /// would warn.
-fn check_range(dev: &Device<Bound>, start: u64, bytes: u64) -> Result {
+fn check_range(dev: &Device<Bound>, start: u64, bytes: u64, kind: Kind) -> Result {
     let end = start.checked_add(bytes).ok_or(EINVAL)?;
     if start % ALIGN != 0 || bytes % ALIGN != 0 || bytes == 0 {
         dev_err!(
@@ -529,8 +549,8 @@ fn check_range(dev: &Device<Bound>, start: u64, bytes: u64) -> Result {
         );
         return Err(EINVAL);
     }
-    // SAFETY: Always fine to call. Device-private pages need no mapping, hence `false`.
-    let limit = unsafe { bindings::mhp_get_pluggable_range(false) };
+    // SAFETY: Always fine to call. Device-private pages need no mapping.
+    let limit = unsafe { bindings::mhp_get_pluggable_range(kind == Kind::Coherent) };
     if start < limit.start || end - 1 > limit.end {
         dev_err!(
             dev,

@@ -98,6 +98,13 @@ impl LockedVma<'_> {
         unsafe { bindings::hmm_gpu_vma_is_anonymous(self.as_ptr()) }
     }
 
+    /// Whether anonymous pages of it can migrate, as far as the mapping goes: not if it is hugetlb, DAX,
+    /// or mapped by a driver.
+    pub(crate) fn may_migrate(&self) -> bool {
+        // SAFETY: The reference is to a valid mapping that is locked.
+        unsafe { bindings::hmm_gpu_vma_may_migrate(self.as_ptr()) }
+    }
+
     /// Whether it is a shadow stack, which only calls and returns write to.
     pub(crate) fn is_shadow_stack(&self) -> bool {
         // SAFETY: The reference is to a valid mapping that is locked.

@@ -35,7 +35,8 @@ void hmm_gpu_folio_lock(struct folio *folio);
 void hmm_gpu_folio_unlock(struct folio *folio);
 void hmm_gpu_folio_put(struct folio *folio);
 bool hmm_gpu_folio_test_ksm(const struct folio *folio);
-bool hmm_gpu_folio_is_device_private(const struct folio *folio);
+bool hmm_gpu_folio_test_anon(const struct folio *folio);
+bool hmm_gpu_folio_is_device(const struct folio *folio);
 struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio);
 void hmm_gpu_folio_inherit(struct folio *folio, const struct folio *from);
 void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order);
@@ -47,8 +48,11 @@ int hmm_gpu_copy_mc(void *to, const void *from, size_t len);
 void hmm_gpu_mark_dirty(unsigned long pfn);
 enum hmm_gpu_reach { HMM_GPU_SECRET, HMM_GPU_READABLE, HMM_GPU_DEVICE };
 enum hmm_gpu_reach hmm_gpu_reach(unsigned long pfn);
+enum hmm_gpu_atomic { HMM_GPU_ADD, HMM_GPU_AND, HMM_GPU_OR, HMM_GPU_XCHG, HMM_GPU_CMPXCHG };
+u64 hmm_gpu_atomic(void *word, enum hmm_gpu_atomic op, bool wide, u64 operand, u64 compare);
 int hmm_gpu_memory_failure(unsigned long pfn);
 bool hmm_gpu_is_zero_pfn(unsigned long pfn);
+bool hmm_gpu_is_private_pfn(unsigned long pfn);
 
 /* page maps */
 void hmm_gpu_release_mem_region(struct device *dev, resource_size_t start, resource_size_t size);
@@ -57,6 +61,7 @@ bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size);
 
 /* address spaces */
 bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma);
+bool hmm_gpu_vma_may_migrate(const struct vm_area_struct *vma);
 bool hmm_gpu_vma_is_shadow_stack(const struct vm_area_struct *vma);
 int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm);
 bool hmm_gpu_mmap_read_trylock(struct mm_struct *mm);
@@ -68,6 +73,7 @@ void hmm_gpu_mmu_interval_set_seq(struct mmu_interval_notifier *notifier, unsign
 unsigned long hmm_gpu_mmu_interval_seq(const struct mmu_interval_notifier *notifier);
 bool hmm_gpu_mmu_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq);
 int hmm_gpu_range_fault(struct hmm_range *range);
+int hmm_gpu_make_exclusive(struct mm_struct *mm, unsigned long addr, void *owner, struct folio **folio, unsigned long *pfn);
 
 /* other */
 void hmm_gpu_sort_pairs(u64 (*pairs)[2], size_t count);

@@ -3,7 +3,9 @@
 
 #include "bindings.h"
 
+#include <linux/hugetlb.h>
 #include <linux/pagemap.h>
+#include <linux/rmap.h>
 #include <linux/sort.h>
 #include <linux/uaccess.h>
 
@@ -78,9 +80,14 @@ bool hmm_gpu_folio_test_ksm(const struct folio *folio)
 	return folio_test_ksm(folio);
 }
 
-bool hmm_gpu_folio_is_device_private(const struct folio *folio)
+bool hmm_gpu_folio_test_anon(const struct folio *folio)
 {
-	return folio_is_device_private(folio);
+	return folio_test_anon(folio);
+}
+
+bool hmm_gpu_folio_is_device(const struct folio *folio)
+{
+	return folio_is_device_private(folio) || folio_is_device_coherent(folio);
 }
 
 struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio)
@@ -142,6 +149,43 @@ enum hmm_gpu_reach hmm_gpu_reach(unsigned long pfn)
 	return HMM_GPU_READABLE;
 }
 
+static u64 atomic_wide(atomic64_t *word, enum hmm_gpu_atomic op, u64 operand, u64 compare)
+{
+	switch (op) {
+	case HMM_GPU_ADD:
+		return atomic64_fetch_add(operand, word);
+	case HMM_GPU_AND:
+		return atomic64_fetch_and(operand, word);
+	case HMM_GPU_OR:
+		return atomic64_fetch_or(operand, word);
+	case HMM_GPU_XCHG:
+		return atomic64_xchg(word, operand);
+	default:
+		return atomic64_cmpxchg(word, compare, operand);
+	}
+}
+
+static u32 atomic_narrow(atomic_t *word, enum hmm_gpu_atomic op, u32 operand, u32 compare)
+{
+	switch (op) {
+	case HMM_GPU_ADD:
+		return atomic_fetch_add(operand, word);
+	case HMM_GPU_AND:
+		return atomic_fetch_and(operand, word);
+	case HMM_GPU_OR:
+		return atomic_fetch_or(operand, word);
+	case HMM_GPU_XCHG:
+		return atomic_xchg(word, operand);
+	default:
+		return atomic_cmpxchg(word, compare, operand);
+	}
+}
+
+u64 hmm_gpu_atomic(void *word, enum hmm_gpu_atomic op, bool wide, u64 operand, u64 compare)
+{
+	return wide ? atomic_wide(word, op, operand, compare) : atomic_narrow(word, op, operand, compare);
+}
+
 int hmm_gpu_memory_failure(unsigned long pfn)
 {
 #ifdef CONFIG_MEMORY_FAILURE
@@ -155,6 +199,15 @@ int hmm_gpu_memory_failure(unsigned long pfn)
 bool hmm_gpu_is_zero_pfn(unsigned long pfn)
 {
 	return is_zero_pfn(pfn);
+}
+
+bool hmm_gpu_is_private_pfn(unsigned long pfn)
+{
+	struct dev_pagemap *pgmap = get_dev_pagemap(pfn);
+	bool private = pgmap && pgmap->type == MEMORY_DEVICE_PRIVATE;
+
+	put_dev_pagemap(pgmap);
+	return private;
 }
 
 static int compare_pairs(const void *first, const void *second)
@@ -200,6 +253,11 @@ bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size)
 bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma)
 {
 	return vma_is_anonymous((struct vm_area_struct *)vma);
+}
+
+bool hmm_gpu_vma_may_migrate(const struct vm_area_struct *vma)
+{
+	return !is_vm_hugetlb_page((struct vm_area_struct *)vma) && !(vma->vm_flags & VM_SPECIAL) && !vma_is_dax(vma);
 }
 
 bool hmm_gpu_vma_is_shadow_stack(const struct vm_area_struct *vma)
@@ -257,6 +315,16 @@ bool hmm_gpu_mmu_interval_read_retry(struct mmu_interval_notifier *notifier, uns
 int hmm_gpu_range_fault(struct hmm_range *range)
 {
 	return hmm_range_fault_unlocked_timeout(range, msecs_to_jiffies(HMM_RANGE_DEFAULT_TIMEOUT));
+}
+
+int hmm_gpu_make_exclusive(struct mm_struct *mm, unsigned long addr, void *owner, struct folio **folio, unsigned long *pfn)
+{
+	struct page *page = make_device_exclusive(mm, addr, owner, folio);
+
+	if (IS_ERR(page))
+		return PTR_ERR(page);
+	*pfn = page_to_pfn(page);
+	return 0;
 }
 
 unsigned long hmm_gpu_pci_resource_flags(struct pci_dev *pdev, int bar)

@@ -28,9 +28,57 @@ impl Written {
     }
 }
 
+/// An atomic operation on a word.
+pub(crate) struct Atomic {
+    pub(crate) op: AtomicOp,
+    /// 64 bits, not 32.
+    pub(crate) wide: bool,
+    pub(crate) operand: u64,
+    /// For [`AtomicOp::CompareExchange`].
+    pub(crate) compare: u64,
+}
+
+/// What an atomic operation does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AtomicOp {
+    Add,
+    And,
+    Or,
+    Exchange,
+    CompareExchange,
+}
+
+impl Atomic {
+    /// Bytes of the word.
+    pub(crate) fn bytes(&self) -> usize {
+        if self.wide {
+            size_of::<u64>()
+        } else {
+            size_of::<u32>()
+        }
+    }
+
+    /// Does it, and returns what the word was before.
+    ///
+    /// # Safety
+    ///
+    /// `word` is valid for reading and writing, and aligned.
+    pub(crate) unsafe fn run(&self, word: *mut u8) -> u64 {
+        let op = match self.op {
+            AtomicOp::Add => bindings::hmm_gpu_atomic_HMM_GPU_ADD,
+            AtomicOp::And => bindings::hmm_gpu_atomic_HMM_GPU_AND,
+            AtomicOp::Or => bindings::hmm_gpu_atomic_HMM_GPU_OR,
+            AtomicOp::Exchange => bindings::hmm_gpu_atomic_HMM_GPU_XCHG,
+            AtomicOp::CompareExchange => bindings::hmm_gpu_atomic_HMM_GPU_CMPXCHG,
+        };
+        // SAFETY: By the safety requirements.
+        unsafe { bindings::hmm_gpu_atomic(word.cast(), op, self.wide, self.operand, self.compare) }
+    }
+}
+
 enum Kind {
-    /// Of a BAR, write-combined, by `memremap`.
-    WriteCombined,
+    /// Of a BAR, by `memremap`.
+    Bar,
     /// Of system memory, by `vzalloc`.
     System,
 }
@@ -55,7 +103,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps physical addresses of a device write-combined.
+    /// Maps physical addresses of a device: write-combined, or as memory if it is coherent.
     ///
     /// To be done before the same addresses become device pages: afterwards the mapping would
     /// silently be uncached.
@@ -64,17 +112,23 @@ impl Mapping {
     ///
     /// The `len` bytes from `start` on are a prefetchable memory BAR (or part of one) that the
     /// caller has requested, and that stays requested and enabled until the mapping is dropped.
-    pub(super) unsafe fn write_combined(start: u64, len: usize) -> Result<Self> {
+    pub(super) unsafe fn bar(start: u64, len: usize, coherent: bool) -> Result<Self> {
         if start % PAGE_BYTES as u64 != 0 || len % PAGE_BYTES != 0 {
             return Err(EINVAL);
         }
+        let flags = if coherent {
+            bindings::MEMREMAP_WB
+        } else {
+            bindings::MEMREMAP_WC
+        };
+        // CAST: Widens.
         // SAFETY: The addresses are the caller's, by the safety requirements.
-        let base = unsafe { bindings::memremap(start, len, bindings::MEMREMAP_WC as usize) };
+        let base = unsafe { bindings::memremap(start, len, flags as usize) };
         // INVARIANT: Just mapped, at a page boundary.
         Ok(Self {
             base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
             len,
-            kind: Kind::WriteCombined,
+            kind: Kind::Bar,
         })
     }
 
@@ -185,6 +239,16 @@ impl Mapping {
         Ok(())
     }
 
+    /// Does an atomic operation on the word at `offset`, and returns what it was before.
+    pub(crate) fn atomic(&self, offset: usize, operation: &Atomic) -> Result<u64> {
+        if offset % operation.bytes() != 0 {
+            return Err(EINVAL);
+        }
+        let word = self.at(offset, operation.bytes())?;
+        // SAFETY: Inside the mapping, and aligned since the mapping begins at a page boundary.
+        Ok(unsafe { operation.run(word) })
+    }
+
     /// Reads a word.
     pub(crate) fn read_u64(&self, offset: usize) -> Result<u64> {
         if offset % size_of::<u64>() != 0 {
@@ -218,7 +282,7 @@ impl Drop for Mapping {
         let base = self.base.as_ptr().cast();
         match self.kind {
             // SAFETY: Made by `memremap`, and not used any more.
-            Kind::WriteCombined => unsafe { bindings::memunmap(base) },
+            Kind::Bar => unsafe { bindings::memunmap(base) },
             // SAFETY: Made by `vzalloc`, and not used any more.
             Kind::System => unsafe { bindings::vfree(base) },
         }

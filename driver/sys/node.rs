@@ -6,6 +6,7 @@ use kernel::{
     container_of,
     fs::File,
     miscdevice::{MiscDevice, MiscDeviceOptions, MiscDeviceRegistration},
+    mm::virt::VmaNew,
     prelude::*,
 };
 
@@ -19,6 +20,11 @@ pub(crate) trait Client: Sized + Send + Sync + 'static {
 
     /// `ioctl(2)` on the file, with the number and the argument as user space gave them.
     fn ioctl(self: Pin<&Self>, number: u32, argument: usize) -> Result;
+
+    /// `mmap(2)` of the file.
+    fn mmap(self: Pin<&Self>, _vma: &VmaNew) -> Result {
+        Err(ENODEV)
+    }
 }
 
 /// A device node. It is there until this is dropped; files that are open then stay open.
@@ -68,5 +74,11 @@ impl<C: Client> MiscDevice for Handler<C> {
         // SAFETY: A projection to a structurally pinned field.
         let client = unsafe { this.map_unchecked(|this| &this.client) };
         client.ioctl(number, argument).map(|()| 0)
+    }
+
+    fn mmap(this: Pin<&Self>, _file: &File, vma: &VmaNew) -> Result {
+        // SAFETY: A projection to a structurally pinned field.
+        let client = unsafe { this.map_unchecked(|this| &this.client) };
+        client.mmap(vma)
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory BARs of PCI devices, mapped write-combined.
+//! Memory BARs of PCI devices.
 
 use crate::sys::{bindings, mapping::Mapping};
 use core::ops::Deref;
@@ -94,7 +94,7 @@ impl Drop for Enabled {
     }
 }
 
-/// A memory BAR, requested and mapped write-combined.
+/// A memory BAR, requested and mapped.
 ///
 /// It keeps the BAR from others until it is dropped, whether or not the device is still bound.
 pub(crate) struct Bar {
@@ -104,11 +104,12 @@ pub(crate) struct Bar {
 }
 
 impl Bar {
-    /// Requests prefetchable memory BAR `bar` and maps its first `len` bytes.
+    /// Requests prefetchable memory BAR `bar` and maps its first `len` bytes: write-combined, or as
+    /// memory if it is `coherent`.
     ///
     /// Fails with `EINVAL` if it is no such BAR or is shorter, with `EBUSY` if somebody else has
     /// it, and with `ENOMEM`.
-    pub(crate) fn new(pdev: &Device<Core<'_>>, bar: u32, len: u64) -> Result<Self> {
+    pub(crate) fn new(pdev: &Device<Core<'_>>, bar: u32, len: u64, coherent: bool) -> Result<Self> {
         let (start, available) = (pdev.resource_start(bar)?, pdev.resource_len(bar)?);
         // CAST: `resource_start` accepts standard BARs only, 0 to 5.
         let bar = bar as c_int;
@@ -128,7 +129,7 @@ impl Bar {
         };
         // SAFETY: The BAR is prefetchable memory, requested until `region` is dropped, which is
         // after the mapping is.
-        let mapping = unsafe { Mapping::write_combined(start, usize::try_from(len)?)? };
+        let mapping = unsafe { Mapping::bar(start, usize::try_from(len)?, coherent)? };
         Ok(Self { mapping, region })
     }
 }
