@@ -73,7 +73,7 @@ impl node::Client for Client {
 
     fn ioctl(self: Pin<&Self>, number: u32, argument: usize) -> Result {
         let current = current!();
-        let mm = self.own(&current)?;
+        let mm = self.own(current)?;
         match number & !SIZE_BITS {
             n if n == uapi::HMM_GPU_QUERY & !SIZE_BITS => self.query(number, argument),
             n if n == uapi::HMM_GPU_MIGRATE & !SIZE_BITS => self.migrate(mm, number, argument),

@@ -158,7 +158,7 @@ impl node::Client for Dmirror {
 
     fn ioctl(self: Pin<&Self>, number: u32, argument: usize) -> Result {
         let current = current!();
-        let mm = self.client.own(&current)?;
+        let mm = self.client.own(current)?;
         let user = || UserSlice::new(UserPtr::from_addr(argument), size_of::<Command>());
         let mut command = Command::new_zeroed();
         user().reader().read_slice(command.as_mut_bytes())?;

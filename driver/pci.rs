@@ -106,7 +106,7 @@ fn new_gpu<'bound>(pdev: &'bound pci::Device<Core<'_>>) -> Result<Gpu<&'bound pc
         dev_err!(
             pdev,
             "dmirror=1: the third and fourth device become device-coherent memory, and device {:04x}:{:04x} is not known to be coherent with the CPU's caches\n",
-            u16::from(pdev.vendor_id().as_raw()),
+            pdev.vendor_id().as_raw(),
             pdev.device_id()
         );
         return Err(EOPNOTSUPP);

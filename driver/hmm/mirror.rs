@@ -899,9 +899,10 @@ impl Seen {
 
     /// Whether it is a device-private page, which it was a moment ago at the latest.
     pub(crate) fn is_private(self) -> bool {
-        // SAFETY: A page that was seen has a `struct page`, or had: this looks whether it still does.
-        self.pfn()
-            .is_some_and(|pfn| unsafe { bindings::hmm_gpu_is_private_pfn(pfn) })
+        self.pfn().is_some_and(|pfn| {
+            // SAFETY: Fine to call for any page frame number: it looks whether there is such a page.
+            unsafe { bindings::hmm_gpu_is_private_pfn(pfn) }
+        })
     }
 
     /// Of an entry: whether the device has the page to itself.
