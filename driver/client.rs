@@ -18,7 +18,6 @@ use crate::{
     },
     migration::{Progress, Request, Target},
     mirror::{Batch, Engine, Operation, Policy, Service},
-    split::Opened,
     sys::{
         gate::Gate,
         mapping::{Atomic, AtomicOp},
@@ -51,7 +50,7 @@ pub(crate) struct Client {
     mm: ARef<Mm>,
     /// Made when it is first needed: it takes the lock of the address space, for which an open of
     /// a device node must not wait, since all misc devices wait for that.
-    mirror: SetOnce<(Pin<KBox<Mirror<DeviceMemory>>>, Opened)>,
+    mirror: SetOnce<Pin<KBox<Mirror<DeviceMemory>>>>,
     /// Held to make it.
     #[pin]
     mirror_lock: Mutex<()>,
@@ -111,16 +110,12 @@ impl Client {
         if self.mirror.as_ref().is_none() {
             let _making = self.mirror_lock.lock();
             if self.mirror.as_ref().is_none() {
-                let splitter = self.gate.enter()?.data().splitter.clone();
                 let mirror = Mirror::new(mm, self.gate.clone());
-                let mirror = KBox::try_pin_init(mirror, GFP_KERNEL_ACCOUNT)?;
-                self.mirror.populate((mirror, splitter.opened(&self.mm)?));
+                self.mirror
+                    .populate(KBox::try_pin_init(mirror, GFP_KERNEL_ACCOUNT)?);
             }
         }
-        self.mirror
-            .as_ref()
-            .map(|(mirror, _)| &**mirror)
-            .ok_or(ENOMEM)
+        self.mirror.as_ref().map(|mirror| &**mirror).ok_or(ENOMEM)
     }
 
     fn query(&self, number: u32, argument: usize) -> Result {

@@ -8,6 +8,7 @@
 use crate::{
     alloc::{Allocator, BLOCK_BYTES},
     counters::Counters,
+    fail::Step,
     hmm::{
         migrate::{Collected, Entries, Fault, FaultOutcome},
         pagemap::{Form, Kind, Ops, Owner, PageMap},
@@ -15,7 +16,7 @@ use crate::{
     },
     migration::{move_to_system, Cause, Scratch, BATCH},
     sleep::Sleep,
-    split::Splitter,
+    split::{split_all, Splitter},
     uapi,
     vram::Vram,
 };
@@ -76,7 +77,11 @@ impl DeviceMemory {
     /// Takes VRAM for as many folios of `1 << order` pages as `indices` has room for, and returns
     /// how many there were.
     pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
-        let got = self.alloc.take(order, indices);
+        let may_fail = |_: &&mut u32| Step::DeviceAllocation.pass().is_ok();
+        let wanted = indices.iter_mut().take_while(may_fail).count();
+        let got = self
+            .alloc
+            .take(order, indices.get_mut(..wanted).unwrap_or_default());
         self.counters.allocated.add(got << order);
         #[cfg(CONFIG_KASAN)]
         for &index in indices.iter().take(got) {
@@ -103,19 +108,18 @@ impl DeviceMemory {
 
     /// The answer to `QUERY`.
     pub(crate) fn describe(&self, kind: Kind) -> uapi::hmm_gpu_query {
-        let coherent = match kind {
-            Kind::Private => 0,
+        let touched = match kind {
+            Kind::Private => uapi::HMM_GPU_CAP_FAULT_BACK,
             Kind::Coherent => uapi::HMM_GPU_CAP_COHERENT,
         };
         let bytes = |pages: usize| (pages * PAGE_BYTES) as u64;
         uapi::hmm_gpu_query {
             flags: 0,
             version: uapi::HMM_GPU_VERSION,
-            capabilities: coherent
+            capabilities: touched
                 | uapi::HMM_GPU_CAP_MIGRATE
                 | uapi::HMM_GPU_CAP_RESIDENCY
                 | uapi::HMM_GPU_CAP_COUNTERS
-                | uapi::HMM_GPU_CAP_FAULT_BACK
                 | uapi::HMM_GPU_CAP_MIRROR
                 | uapi::HMM_GPU_CAP_ATOMIC,
             unit: self.identity.unit,
@@ -262,9 +266,7 @@ pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
         from = next;
     }
     if stuck > 0 {
-        let large = map.live_folios(0).filter(|(_, order)| *order > 0);
-        let split = large.filter(|(index, _)| map.data().splitter.split(map, *index));
-        moved += split.count();
+        moved += split_all(map);
     }
     moved
 }

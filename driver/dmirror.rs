@@ -189,9 +189,13 @@ impl node::Client for Dmirror {
 
     /// Pages of zeroes, in a mapping that may have such.
     fn mmap(self: Pin<&Self>, vma: &VmaNew) -> Result {
+        self.client.own(current!())?;
         let mixed = vma.set_mixedmap();
         for address in (vma.start()..vma.end()).step_by(PAGE_BYTES) {
-            let page = page::Page::alloc_page(GFP_KERNEL | __GFP_ZERO)?;
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let page = page::Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO)?;
             mixed.vm_insert_page(address, &page)?;
         }
         Ok(())
@@ -212,6 +216,9 @@ impl Range {
         let end = start.checked_add(bytes).ok_or(EINVAL)?;
         if start % PAGE_BYTES != 0 || start == end {
             return Err(EINVAL);
+        }
+        if end > user_end() {
+            return Err(EFAULT);
         }
         Ok(Self { start, end })
     }
@@ -307,6 +314,9 @@ impl Call<'_> {
     /// The first page from `from` on that has no entry for an access.
     fn first_missing(&self, from: usize, access: Access) -> Result<Option<usize>> {
         for (start, end) in self.range.windows(from) {
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
             let map = self.gate().enter()?;
             let missing = self.mirror.first_missing(&map, start, end, access)?;
             if missing.is_some() {
@@ -412,6 +422,8 @@ impl Call<'_> {
         const PAUSE_US: i64 = 500;
 
         let mut request = Request::new(self.gate(), self.mirror, target)?;
+        // The C module's devices are strangers to each other.
+        request.only_system();
         if self.dmirror.fail_alloc.xchg(false, Full) {
             request.fail_large();
         }
@@ -469,9 +481,6 @@ impl Call<'_> {
     fn snapshot(&self, command: &mut Command) -> Result {
         const BATCH: usize = WINDOW_BYTES / PAGE_BYTES;
 
-        if self.range.end > user_end() {
-            return Err(EFAULT);
-        }
         let mut seen = KVec::from_elem(Seen::default(), BATCH, GFP_KERNEL_ACCOUNT)?;
         let mut answers = KVec::from_elem(0u8, BATCH, GFP_KERNEL_ACCOUNT)?;
         let count = usize::try_from(self.range.pages())?;
@@ -505,13 +514,16 @@ impl Call<'_> {
             if current!().signal_pending() {
                 return Err(EINTR);
             }
-            self.mirror.exclusive(self.mm, addr)?;
+            self.mirror.exclusive(self.mm, addr, None)?;
         }
         self.read_back(command)
     }
 
     fn check_exclusive(&self) -> Result {
         for (start, end) in self.range.windows(self.range.start) {
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
             let map = self.gate().enter()?;
             if self.mirror.has_exclusive(&map, start, end)? {
                 return Err(EPERM);

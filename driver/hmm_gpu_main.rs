@@ -12,6 +12,7 @@ mod client;
 mod counters;
 mod devmem;
 mod dmirror;
+mod fail;
 mod gpu;
 mod hmm;
 mod migration;
@@ -76,6 +77,8 @@ struct HmmGpu {
     #[pin]
     pci: driver::Registration<kernel::pci::Adapter<pci::Driver>>,
     soft: KVec<soft::SoftGpu>,
+    #[pin]
+    fail: fail::Files,
 }
 
 impl kernel::InPlaceModule for HmmGpu {
@@ -91,6 +94,7 @@ impl kernel::InPlaceModule for HmmGpu {
                 module_parameters::soft.value(),
                 module_parameters::soft_mib.value(),
             )?,
+            fail <- fail::Files::new(),
             pci <- driver::Registration::new(c"hmm_gpu", module),
             // Last: from here on the module must not fail to load, for somebody may open a node.
             _: { soft::publish(soft) },

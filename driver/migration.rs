@@ -9,6 +9,7 @@ use crate::{
     bitmap::BLOCK_PAGES,
     client::MemoryGate,
     devmem::DeviceMemory,
+    fail::Step,
     hmm::{
         folio::{Effort, SystemFolio},
         migrate::{Collected, Entries, Grain, Select, Source},
@@ -93,8 +94,14 @@ pub(crate) fn move_to_system(
             continue;
         };
         let memory = map.data();
-        let folio = SystemFolio::new(order, effort)
-            .and_then(|folio| memory.vram.read_folio(index * PAGE_BYTES, folio));
+        let folio = Step::SystemAllocation
+            .pass()
+            .and_then(|()| SystemFolio::new(order, effort));
+        let folio = match folio {
+            // It stays where it is.
+            Ok(_) if Step::Copy.pass().is_err() => continue,
+            folio => folio.and_then(|folio| memory.vram.read_folio(index * PAGE_BYTES, folio)),
+        };
         match folio {
             // What the bus answers for a device that is gone is nobody's data.
             Ok(_) if cause != Cause::Evict && !memory.vram.was_there(index * PAGE_BYTES) => {
@@ -142,8 +149,8 @@ pub(crate) fn move_to_system(
     outcome
 }
 
-/// Moves what a migration has collected (system memory, and places never touched) to the VRAM of
-/// `map`.
+/// Moves what a migration has collected (system memory, places never touched, and the VRAM of other
+/// devices) to the VRAM of `map`.
 ///
 /// `room` has a place for an index for each page of the migration.
 fn move_to_device(
@@ -153,10 +160,11 @@ fn move_to_device(
 ) -> Outcome {
     let memory = map.data();
     let mut outcome = Outcome::default();
-    // What is on a device has not been collected. What the kernel has in folios of other sizes, it has
-    // split.
+    // What the kernel has in folios of other sizes, it has split.
     let may_move = |source: &Source<'_, DeviceMemory>| {
-        !matches!(source, Source::Device { .. }) && [0, MAX_ORDER].contains(&source.order())
+        let is_here =
+            matches!(source, Source::Device { map: from, .. } if core::ptr::eq(*from, map));
+        !is_here && [0, MAX_ORDER].contains(&source.order())
     };
     let wanted = (0..collected.pages())
         .filter_map(|i| collected.source(i))
@@ -192,22 +200,33 @@ fn move_to_device(
             memory.give_back(index, order);
             continue;
         };
-        let filled = match &source {
+        let filled = Step::Copy.pass().and_then(|()| match &source {
             Source::System(from) => memory.vram.write_folio(folio, from),
-            _ => memory.vram.zero_folio(folio),
-        };
+            Source::Hole { .. } => memory.vram.zero_folio(folio),
+            Source::Device { map, index, .. } => {
+                let (from, offset) = (&map.data().vram, index * PAGE_BYTES);
+                let filled = memory.vram.copy_folio(folio, from, offset)?;
+                // What the bus answers for a device that is gone is nobody's data.
+                from.was_there(offset).then_some(filled).ok_or(EIO)
+            }
+        });
         if let Ok(filled) = filled {
             collected.set(i, filled);
         }
     }
     let pages = outcome.without_memory.unwrap_or(collected.pages());
     let moved = collected.commit(Written::wait());
-    let (mut populated, mut large) = (0, 0);
+    let (mut populated, mut large, mut from_other) = (0, 0, 0);
     for source in (0..pages).filter_map(|i| moved.moved(i)) {
         let count = 1 << source.order();
         outcome.moved += count;
-        if let Source::Hole { .. } = source {
-            populated += count;
+        match &source {
+            Source::Hole { .. } => populated += count,
+            Source::System(_) => (),
+            Source::Device { map, .. } => {
+                from_other += count;
+                map.data().counters.to_other.add(count);
+            }
         }
         if source.order() > 0 {
             large += 1;
@@ -215,6 +234,7 @@ fn move_to_device(
     }
     memory.counters.to_device.add(outcome.moved);
     memory.counters.populated.add(populated);
+    memory.counters.from_other.add(from_other);
     memory.counters.large_to_device.add(large);
     outcome
 }
@@ -243,6 +263,8 @@ pub(crate) struct Request<'a> {
     gate: &'a MemoryGate,
     mirror: &'a Mirror<DeviceMemory>,
     target: Target,
+    /// What is on another device stays there.
+    only_system: bool,
     /// For tests: the next folio of 2 MiB cannot be had.
     fail_large: bool,
     scratch: Scratch,
@@ -261,11 +283,17 @@ impl<'a> Request<'a> {
             gate,
             mirror,
             target,
+            only_system: false,
             fail_large: false,
             scratch: Scratch::new()?,
             indices: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
             seen: KVec::from_elem(Seen::default(), BATCH, GFP_KERNEL)?,
         })
+    }
+
+    /// Has what is on another device stay there.
+    pub(crate) fn only_system(&mut self) {
+        self.only_system = true;
     }
 
     /// For tests: the next folio of 2 MiB that is wanted cannot be had.
@@ -328,44 +356,26 @@ impl<'a> Request<'a> {
             (Target::System, Kind::Private) => Select::Device,
             (Target::System, Kind::Coherent) => Select::Coherent,
         };
-        // What nobody may access is not populated: a heap or a stack has such ranges, large and
-        // empty.
-        let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
-        let mut outcome = Outcome::default();
-        let may_have = vma.is_anonymous() || vma.flags() & flags::SHARED == 0;
-        if may_have && (accessible || self.target == Target::System) {
-            // On the device as in system memory: who wants no large pages (`MADV_NOHUGEPAGE`) gets
-            // none. What is large there comes back as it is.
-            let small = vma.flags() & flags::NOHUGEPAGE != 0 && self.target == Target::Device;
-            // Device-coherent folios are of a page: the kernel does not collect others.
-            let small = small || kind == Kind::Coherent || core::mem::take(&mut self.fail_large);
-            let first = if small { Grain::Page } else { Grain::Large };
-            for grain in [first, Grain::Page] {
-                let entries = self.scratch.entries();
-                outcome = match Collected::range(vma, start, end, select, grain, entries) {
-                    Ok(collected) if self.target == Target::Device => {
-                        move_to_device(map, collected, &mut self.indices)
-                    }
-                    Ok(collected) => move_to_system(collected, Cause::Request, &mut []),
-                    // A mapping that the kernel does not migrate.
-                    Err(_) => Outcome::default(),
-                };
-                // A range is one large folio, or has none. Nothing has moved if that is stuck: its
-                // pages may, one by one.
-                if outcome.stuck == 0 {
-                    break;
-                }
-            }
-        }
+        let mut outcome = self.move_selected(map, vma, start, end, select);
         let pages = outcome.without_memory.unwrap_or((end - start) / PAGE_BYTES);
-        let (mut already, mut skipped) = (0, 0);
+        let mut found = Found::default();
         if outcome.moved < pages {
-            let there = self
-                .at_target(map, lock, start, pages)
-                .saturating_sub(outcome.moved);
-            already = there.min(pages - outcome.moved);
-            skipped = pages - outcome.moved - already;
+            found = self.find(map, lock, start, pages);
         }
+        // A second time, because it is seldom, and would have what is here already be collected too.
+        if self.target == Target::Device && found.other > 0 && !self.only_system {
+            let stop = start + pages * PAGE_BYTES;
+            let more = self.move_selected(map, vma, start, stop, Select::Device);
+            outcome.moved += more.moved;
+            // What did not fit is among what is skipped.
+            outcome.without_memory = outcome.without_memory.or(more.without_memory);
+            found = self.find(map, lock, start, pages);
+        }
+        let already = found
+            .at_target
+            .saturating_sub(outcome.moved)
+            .min(pages.saturating_sub(outcome.moved));
+        let skipped = pages.saturating_sub(outcome.moved + already);
         map.data().counters.skipped.add(skipped);
         progress.done += pages * PAGE_BYTES;
         progress.moved += outcome.moved * PAGE_BYTES;
@@ -378,31 +388,84 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// How many of `pages` pages from `start` on are at the target now.
-    fn at_target(
+    /// Moves those pages of `[start, end)` that are in what is selected.
+    fn move_selected(
+        &mut self,
+        map: &PageMap<DeviceMemory>,
+        vma: LockedVma<'_>,
+        start: usize,
+        end: usize,
+        select: Select,
+    ) -> Outcome {
+        // What nobody may access is not populated: a heap or a stack has such ranges, large and
+        // empty.
+        let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
+        // A private mapping of a file has anonymous pages where it was written to.
+        let may_have = vma.is_anonymous() || vma.flags() & flags::SHARED == 0;
+        let mut outcome = Outcome::default();
+        if !may_have || !(accessible || self.target == Target::System) {
+            return outcome;
+        }
+        // On the device as in system memory: who wants no large pages (`MADV_NOHUGEPAGE`) gets none.
+        // What is large there comes back as it is. Device-coherent folios are of a page: the kernel
+        // does not collect others.
+        let unwanted = vma.flags() & flags::NOHUGEPAGE != 0 && self.target == Target::Device;
+        let small =
+            unwanted || map.kind() == Kind::Coherent || core::mem::take(&mut self.fail_large);
+        let first = if small { Grain::Page } else { Grain::Large };
+        for grain in [first, Grain::Page] {
+            let entries = self.scratch.entries();
+            outcome = match Collected::range(vma, start, end, select, grain, entries) {
+                Ok(collected) if self.target == Target::Device => {
+                    move_to_device(map, collected, &mut self.indices)
+                }
+                Ok(collected) => move_to_system(collected, Cause::Request, &mut []),
+                // A mapping that the kernel does not migrate.
+                Err(_) => Outcome::default(),
+            };
+            // A range is one large folio, or has none. Nothing has moved if that is stuck: its pages
+            // may, one by one.
+            if outcome.stuck == 0 {
+                break;
+            }
+        }
+        outcome
+    }
+
+    /// Where `pages` pages from `start` on are now.
+    fn find(
         &mut self,
         map: &PageMap<DeviceMemory>,
         lock: &ReadLocked<'_>,
         start: usize,
         pages: usize,
-    ) -> usize {
+    ) -> Found {
+        let mut found = Found::default();
         let Some(seen) = self.seen.get_mut(..pages) else {
-            return 0;
+            return found;
         };
         if self.mirror.look(lock, start, seen).is_err() {
-            return 0;
+            return found;
         }
-        let here = |seen: &&Seen| seen.pfn().is_some_and(|pfn| map.index_of(pfn).is_some());
-        // What cannot be seen is not said to be there.
-        let elsewhere = |seen: &&Seen| {
-            seen.is_hidden()
-                || seen
-                    .pfn()
-                    .is_some_and(|pfn| crate::units::of_pfn(pfn).is_some())
-        };
-        match self.target {
-            Target::Device => seen.iter().filter(here).count(),
-            Target::System => pages - seen.iter().filter(elsewhere).count(),
+        for seen in seen.iter() {
+            let pfn = seen.pfn();
+            let here = pfn.is_some_and(|pfn| map.index_of(pfn).is_some());
+            let other = !here && pfn.is_some_and(|pfn| crate::units::of_pfn(pfn).is_some());
+            found.other += usize::from(other);
+            found.at_target += usize::from(match self.target {
+                Target::Device => here,
+                // What cannot be seen is not said to be there.
+                Target::System => !here && !other && !seen.is_hidden(),
+            });
         }
+        found
     }
+}
+
+/// Where the pages of a range are.
+#[derive(Default)]
+struct Found {
+    at_target: usize,
+    /// On a device that is not the client's.
+    other: usize,
 }

@@ -9,6 +9,7 @@ use crate::{
     bitmap::BLOCK_PAGES,
     client::MemoryGate,
     devmem::DeviceMemory,
+    fail::Step,
     hmm::{
         mirror::{Access, Look, Mapped, Mirror, Miss, Seen, Table},
         pagemap::PageMap,
@@ -96,6 +97,10 @@ impl Table for DeviceMemory {
         };
         memory.vram.zero(page.index * PAGE_BYTES, PAGE_BYTES)?;
         Ok(page)
+    }
+
+    fn may_map(&self) -> Result {
+        Step::Insertion.pass()
     }
 
     fn mapped(&self, entries: usize) {
@@ -683,23 +688,22 @@ impl<'a> Engine<'a> {
             // Mapped where it lies, it is either in the device's memory, which will do, or has to be
             // taken for the device alone.
             self.miss(addr, end, Access::Write, miss)?;
-            let page = addr & !(PAGE_BYTES - 1);
-            let is_own = {
-                let service = self.service.as_ref().ok_or(EAGAIN)?;
-                let at = service.window.get(page % WINDOW_BYTES / PAGE_BYTES);
-                matches!(at, Some(Page::Mapped { device: true }))
-            };
-            if is_own {
+            let service = self.service.as_ref().ok_or(EAGAIN)?;
+            let at = service.window.get(addr % WINDOW_BYTES / PAGE_BYTES);
+            if matches!(at, Some(Page::Mapped { device: true })) {
                 continue;
             }
-            match self.mirror.exclusive(self.mm, page) {
-                Err(error) if error == EBUSY => (),
+            match self.mirror.exclusive(self.mm, addr, Some(operation)) {
+                Ok(Some(old)) => return Ok(old),
+                // It has changed since it was mapped: the next miss tells what is wrong with it, if
+                // anything is.
+                Err(error) if [EBUSY, EFAULT, EPERM].contains(&error) => (),
                 // In sleep there is none.
                 Err(error) if error == EAGAIN => {
                     let sleep = self.gate.enter()?.data().sleep.clone();
                     sleep.wait()?;
                 }
-                result => result?,
+                result => drop(result?),
             }
         }
         Err(EBUSY)

@@ -4,9 +4,10 @@
 //! their pages can move one by one.
 //!
 //! The kernel splits a folio that is mapped on behalf of one who migrates a part of it, and exports no
-//! other way. So it takes an address space in which the folio is mapped: the clients' own are known,
-//! and that of a CPU fault. In the fault itself it cannot be done, for the fault has a reference to the
-//! folio; so it is left to a thread of the kernel's, and the CPU touches the page again until then.
+//! other way. So it takes an address space in which the folio is mapped. For a CPU fault that is its own;
+//! but the fault has a reference to the folio, with which it cannot be split. So that is left to a thread
+//! of the kernel's, and the CPU touches the page again until then. An eviction has none, and looks at all
+//! there are: this is seldom, and the pages may be those of a child that knows nothing of the device.
 
 #![forbid(unsafe_code)]
 
@@ -16,7 +17,7 @@ use crate::{
     hmm::{
         migrate::{Collected, Entries, Grain, Select},
         pagemap::PageMap,
-        vma::ReadLocked,
+        vma::{all_address_spaces, ReadLocked},
         PAGE_BYTES,
     },
     sys::work,
@@ -34,22 +35,14 @@ use kernel::{
     workqueue::{impl_has_work, system_long, Work, WorkItem},
 };
 
-/// An address space that may have pages of the device.
-struct Space {
-    mm: ARef<Mm>,
-    /// Files of the device that it has open: none, if it is here because of a fault.
-    files: usize,
-}
-
-/// Splits the large folios of a device.
+/// Splits the large folios of a device that CPU faults find.
 #[pin_data]
 pub(crate) struct Splitter {
     gate: SetOnce<Arc<MemoryGate>>,
+    /// The first page of the folio that a fault wants to be split, and where it is mapped.
     #[pin]
-    spaces: Mutex<KVec<Space>>,
-    /// The first page of the folio that a fault wants to be split.
-    wanted: Atomic<usize>,
-    /// It has not been dealt with yet.
+    wanted: Mutex<Option<(ARef<Mm>, usize)>>,
+    /// That is not done yet.
     busy: Atomic<bool>,
     #[pin]
     work: Work<Self>,
@@ -65,8 +58,7 @@ impl Splitter {
         Arc::pin_init(
             pin_init!(Self {
                 gate: SetOnce::new(),
-                spaces <- new_mutex!(KVec::new()),
-                wanted: Atomic::new(0),
+                wanted <- new_mutex!(None),
                 busy: Atomic::new(false),
                 work <- new_work!(),
             }),
@@ -79,97 +71,26 @@ impl Splitter {
         self.gate.populate(gate.clone());
     }
 
-    /// An address space may get pages of the device, until what is returned is dropped.
-    pub(crate) fn opened(self: &Arc<Self>, mm: &ARef<Mm>) -> Result<Opened> {
-        let mut spaces = self.spaces.lock();
-        match find(&mut spaces, mm) {
-            Some(space) => space.files += 1,
-            None => spaces.push(
-                Space {
-                    mm: mm.clone(),
-                    files: 1,
-                },
-                GFP_KERNEL_ACCOUNT,
-            )?,
-        }
-        Ok(Opened {
-            splitter: self.clone(),
-            mm: mm.clone(),
-        })
-    }
-
     /// Whether a folio is about to be split: until that is done, no other will be.
     pub(crate) fn is_busy(&self) -> bool {
         self.busy.load(Acquire)
     }
 
-    /// Has the folio that begins at page `index`, and is mapped in `mm`, be split soon. Does not
-    /// sleep for long.
+    /// Has the folio that begins at page `index`, and is mapped in `mm`, be split soon.
     pub(crate) fn split_later(self: &Arc<Self>, mm: ARef<Mm>, index: usize) {
-        // So many strangers are known at a time.
-        const MOST: usize = 64;
-
         if self.busy.cmpxchg(false, true, Full).is_err() {
             return;
         }
-        {
-            let mut spaces = self.spaces.lock();
-            if find(&mut spaces, &mm).is_none() && spaces.len() < MOST {
-                // Without memory for it, the fault comes again.
-                let _ = spaces.push(Space { mm, files: 0 }, GFP_KERNEL);
-            }
-        }
-        self.wanted.store(index, Release);
+        *self.wanted.lock() = Some((mm, index));
         if system_long().enqueue(self.clone()).is_err() {
             self.busy.store(false, Release);
-        }
-    }
-
-    /// Tries to split the folio that begins at page `index`. Returns whether it is not large any more.
-    ///
-    /// Waits for nobody's address space.
-    pub(crate) fn split(&self, map: &PageMap<DeviceMemory>, index: usize) -> bool {
-        let mut next = 0;
-        loop {
-            if map.order(index).is_none_or(|order| order == 0) {
-                return true;
-            }
-            // Not under the lock: the last user of an address space may go meanwhile.
-            let Some(mm) = self.spaces.lock().get(next).map(|space| space.mm.clone()) else {
-                return false;
-            };
-            split_in(map, &mm, index);
-            next += 1;
         }
     }
 
     /// Waits until nothing is under way. Nobody may touch the device's pages any more.
     pub(crate) fn finish(self: &Arc<Self>) {
         work::flush(self);
-        self.spaces.lock().clear();
     }
-}
-
-/// An open file of an address space.
-pub(crate) struct Opened {
-    splitter: Arc<Splitter>,
-    mm: ARef<Mm>,
-}
-
-impl Drop for Opened {
-    fn drop(&mut self) {
-        let mut spaces = self.splitter.spaces.lock();
-        if let Some(space) = find(&mut spaces, &self.mm) {
-            space.files = space.files.saturating_sub(1);
-        }
-        spaces.retain(|space| space.files > 0);
-    }
-}
-
-fn find<'a>(spaces: &'a mut KVec<Space>, mm: &ARef<Mm>) -> Option<&'a mut Space> {
-    spaces
-        .iter_mut()
-        .find(|space| space.mm.as_raw() == mm.as_raw())
 }
 
 impl WorkItem for Splitter {
@@ -180,20 +101,38 @@ impl WorkItem for Splitter {
         const ATTEMPTS: usize = 100;
         const PAUSE_US: i64 = 200;
 
+        let wanted = this.wanted.lock().take();
         let gate = this.gate.as_ref();
         // Once the device goes, all its folios leave: who moves them splits them too.
-        if let Some(Ok(map)) = gate.map(|gate| gate.enter()) {
-            let index = this.wanted.load(Acquire);
+        if let (Some((mm, index)), Some(Ok(map))) = (wanted, gate.map(|gate| gate.enter())) {
             for _ in 0..ATTEMPTS {
-                if this.split(&map, index) {
+                if split(&map, &mm, index) {
                     break;
                 }
                 fsleep(Delta::from_micros(PAUSE_US));
             }
-            this.spaces.lock().retain(|space| space.files > 0);
         }
         this.busy.store(false, Release);
     }
+}
+
+/// Tries to split all large folios of a device, and returns how many it has. Waits for nobody's address
+/// space.
+pub(crate) fn split_all(map: &PageMap<DeviceMemory>) -> usize {
+    let Ok(spaces) = all_address_spaces() else {
+        return 0;
+    };
+    map.live_folios(0)
+        .filter(|(_, order)| *order > 0)
+        .filter(|(index, _)| spaces.iter().any(|mm| split(map, mm, *index)))
+        .count()
+}
+
+/// Tries to split the folio that begins at page `index`, if it is mapped in `mm`. Returns whether it is
+/// not large any more.
+fn split(map: &PageMap<DeviceMemory>, mm: &Mm, index: usize) -> bool {
+    split_in(map, mm, index);
+    map.order(index).is_none_or(|order| order == 0)
 }
 
 /// Splits the folio that begins at page `index` if it is mapped in `mm`.

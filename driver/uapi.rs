@@ -37,7 +37,7 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 /// `RESIDENCY`: tells where each page of a range is. Moves nothing.
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
-pub const HMM_GPU_COUNTERS: u32 = 0xC0B8_E803;
+pub const HMM_GPU_COUNTERS: u32 = 0xC0C8_E803;
 /// `MIRROR`: describes the file's device page table. Since version 2.
 pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
 /// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
@@ -116,9 +116,14 @@ pub const HMM_GPU_TARGET_DEVICE: u32 = 1;
 
 /// Moves the pages of `[addr, addr + len)`, keeping their addresses.
 ///
-/// The range may span several mappings and holes. Private anonymous memory moves; untouched private
-/// anonymous memory becomes zeroed pages at a device target and is left alone at a system target.
-/// Everything else is skipped and counted as such.
+/// The range may span several mappings and holes. Private anonymous memory moves, and so do the pages
+/// of a private mapping of a file that have been written to. Untouched private anonymous memory becomes
+/// zeroed pages at a device target and is left alone at a system target. At a device target, pages on
+/// another device of this driver move too, straight from VRAM to VRAM. Everything else is skipped and
+/// counted as such.
+///
+/// 2 MiB that are mapped as one move as one, where there is such a folio on the other side, and page by
+/// page where there is not; untouched, they are made one unless the mapping says `MADV_NOHUGEPAGE`.
 ///
 /// The four counts `moved_bytes`, `already_bytes`, `skipped_bytes` and `unmapped_bytes` add up to
 /// `done_bytes`. They are written on failure too, if the structure can be: the range before `addr +
@@ -147,8 +152,7 @@ pub struct hmm_gpu_migrate {
     /// Out: bytes that were at the target already (for a system target: or not populated).
     pub already_bytes: u64,
     /// Out: bytes that stayed where they were: memory that does not migrate, mappings without any
-    /// access, pages that were pinned, busy or merged by KSM, and, at a device target, pages on
-    /// another device.
+    /// access, pages that were pinned, busy, merged by KSM, or that a device has to itself (`ATOMIC`).
     pub skipped_bytes: u64,
     /// Out: bytes of the range at which nothing is mapped.
     pub unmapped_bytes: u64,
@@ -245,6 +249,10 @@ pub struct hmm_gpu_counters {
     pub device_read_bytes: u64,
     /// Bytes that the device wrote at process addresses.
     pub device_written_bytes: u64,
+    /// Those of `to_device_pages` that were in the VRAM of another device of this driver.
+    pub from_other_pages: u64,
+    /// Moved to another device of this driver on request.
+    pub to_other_pages: u64,
     /// Folios of 2 MiB that moved to the device whole, on request. Their pages are part of
     /// `to_device_pages`.
     pub large_to_device: u64,
@@ -505,7 +513,7 @@ pub const HMM_GPU_ATOMIC_CMPXCHG: u32 = 4;
 /// Errors: `EINVAL` (unknown operation, policy or flag, a size other than 4 and 8, an address that is
 /// not a multiple of it, operand or compare wider than that, compare without `CMPXCHG`, reserved field
 /// not zero), `EFAULT` (nothing is mapped there, or it leaves user space), `EACCES` (the mapping does
-/// not allow writing), `EOPNOTSUPP` (the page is not private anonymous memory: the kernel gives no
+/// not allow writing), `EOPNOTSUPP` (the page is in shared or hugetlb memory: the kernel gives no
 /// other to a device), `EBUSY` (the page changed place too often), `ENOSPC` (no VRAM for the table),
 /// `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
 #[repr(C)]

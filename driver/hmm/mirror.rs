@@ -18,7 +18,7 @@
 use crate::{
     hmm::{
         folio::LockedFolio,
-        pagemap::{Ops, PageMap},
+        pagemap::{Ops, PageMap, MAX_ORDER},
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
@@ -66,6 +66,9 @@ pub(crate) trait Table: Ops {
     /// A home for a node: a page of the device's memory, all zero.
     fn home(gate: &Arc<Gate<PageMap<Self>>>, map: &PageMap<Self>) -> Result<Self::Home>;
 
+    /// An entry is about to be made. What this fails with is why it is not.
+    fn may_map(&self) -> Result;
+
     /// `entries` entries were made.
     fn mapped(&self, entries: usize);
 
@@ -82,6 +85,8 @@ struct State<T: Table> {
     epoch: u64,
     /// How often entries were made.
     generation: u64,
+    /// How often a page was taken for the device alone, of which the notifier's number does not tell.
+    taken: u64,
     invalidations: u64,
 }
 
@@ -89,6 +94,7 @@ struct State<T: Table> {
 pub(crate) struct Begun {
     seq: usize,
     generation: u64,
+    taken: u64,
 }
 
 /// What it takes to look at pages such that the answer can be used: taken in this order.
@@ -181,6 +187,7 @@ impl<T: Table> Mirror<T> {
                 tree: Tree::new(user_end()),
                 epoch: 0,
                 generation: 0,
+                taken: 0,
                 invalidations: 0,
             }),
             // Last, since from here on the kernel calls. There are no entries yet.
@@ -220,16 +227,12 @@ impl<T: Table> Mirror<T> {
                 ),
             )
         };
-        // Our own, on this task, from under `exclusive`: the page stays where it is, and nothing else is
-        // told.
+        // From `exclusive` of this mirror, which has to know of everything else that changes meanwhile.
         // SAFETY: The range is valid for the call.
         let own = unsafe {
             (*range).event == bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE
                 && (*range).owner == raw.cast()
         };
-        if own {
-            return true;
-        }
         // Once the device is gone nobody reads its copy.
         let map = this.gate.enter().ok();
         let state = if blockable {
@@ -240,9 +243,13 @@ impl<T: Table> Mirror<T> {
         let Some(mut state) = state else {
             return false;
         };
-        // SAFETY: The kernel calls this for a registered notifier, between its own start and end,
-        // and the lock is held that those who read the number hold.
-        unsafe { bindings::hmm_gpu_mmu_interval_set_seq(raw, seq) };
+        if own {
+            state.taken += 1;
+        } else {
+            // SAFETY: The kernel calls this for a registered notifier, between its own start and
+            // end, and the lock is held that those who read the number hold.
+            unsafe { bindings::hmm_gpu_mmu_interval_set_seq(raw, seq) };
+        }
         let current = map.as_ref().filter(|map| map.data().epoch() == state.epoch);
         let store = current.map(|map| map.data().store());
         // What is unmapped may be so for good; what only changes comes back.
@@ -340,7 +347,11 @@ impl<T: Table> Mirror<T> {
             dev_private_owner: T::owner().as_raw(),
         };
         // SAFETY: The lock is held and the array has a word for each page of the range.
-        to_result(unsafe { bindings::hmm_range_fault(&mut range) })
+        to_result(unsafe { bindings::hmm_range_fault(&mut range) })?;
+        for (i, seen) in seen.iter_mut().enumerate() {
+            *seen = seen.at(start + i * PAGE_BYTES);
+        }
+        Ok(())
     }
 
     /// Begins a look whose answer must be true when it is used.
@@ -349,11 +360,15 @@ impl<T: Table> Mirror<T> {
     /// no lock may be held, and nothing be lent.
     pub(crate) fn begin(&self) -> Begun {
         // Before the number: an entry that was made before is for what was there at the look.
-        let generation = self.state.lock().generation;
+        let (generation, taken) = {
+            let state = self.state.lock();
+            (state.generation, state.taken)
+        };
         Begun {
             // SAFETY: The notifier is registered.
             seq: unsafe { bindings::mmu_interval_read_begin(self.raw.get()) },
             generation,
+            taken,
         }
     }
 
@@ -397,7 +412,9 @@ impl<T: Table> Mirror<T> {
         self.look_since(look.begun.seq, look.lock, start, seen)?;
         let mut state = self.lock(look.map)?;
         // SAFETY: The notifier is registered and the lock is held.
-        if unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), look.begun.seq) } {
+        let retry =
+            unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), look.begun.seq) };
+        if retry || state.taken != look.begun.taken {
             return Err(EBUSY);
         }
         then(&mut state, seen)
@@ -531,10 +548,11 @@ impl<T: Table> Mirror<T> {
         let map = look.map;
         let store = map.data().store();
         let mut mapped = 0;
-        self.when_stable(&look, start, seen, |state, seen| {
+        let result = self.when_stable(&look, start, seen, |state, seen| {
             if state.tree.missing(start) > 0 {
                 return Ok(());
             }
+            let mut result = Ok(());
             for (i, seen) in seen.iter().enumerate() {
                 let Some((access, pfn)) = wanted(i, *seen).zip(seen.pfn()) else {
                     continue;
@@ -559,7 +577,13 @@ impl<T: Table> Mirror<T> {
                 let entry = entry.0 as u64;
                 let addr = start + i * PAGE_BYTES;
                 if state.tree.get(addr) != entry {
-                    state.tree.set(addr, entry, word, store)?;
+                    result = map
+                        .data()
+                        .may_map()
+                        .and_then(|()| state.tree.set(addr, entry, word, store));
+                    if result.is_err() {
+                        break;
+                    }
                     mapped += 1;
                 }
                 let system = word & HMM_GPU_PTE_SYSTEM != 0;
@@ -576,43 +600,52 @@ impl<T: Table> Mirror<T> {
                 state.generation += 1;
             }
             Written::wait();
-            Ok(())
-        })?;
+            result
+        });
         map.data().mapped(mapped);
-        Ok(())
+        result
     }
 
-    /// Takes the page at `addr` for the device alone, with an entry that says so.
+    /// Takes the page at `addr` for the device alone, with an entry that says so, and has `then` access
+    /// it: before any CPU can have it back, so that whoever succeeds has got on.
     ///
     /// Waits for user space, in a fault: nothing may be locked or lent. Fails as
-    /// [`LockedFolio::exclusive`] and [`Mirror::prepare`], with `EBUSY` if the address space kept changing, and
-    /// with `EACCES` for a shadow stack.
-    pub(crate) fn exclusive(&self, mm: &MmWithUser, addr: usize) -> Result {
+    /// [`LockedFolio::exclusive`] and [`Mirror::prepare`], with `EBUSY` if the address space kept
+    /// changing, and with `EACCES` for a shadow stack.
+    pub(crate) fn exclusive(
+        &self,
+        mm: &MmWithUser,
+        addr: usize,
+        operation: Option<&Atomic>,
+    ) -> Result<Option<u64>> {
         const ATTEMPTS: usize = 64;
 
         if addr >= user_end() {
             return Err(EFAULT);
         }
-        let addr = addr & !(PAGE_BYTES - 1);
+        let page = addr & !(PAGE_BYTES - 1);
         for attempt in 0..ATTEMPTS {
-            self.prepare(&*self.gate.enter()?, addr)?;
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            self.prepare(&*self.gate.enter()?, page)?;
             if attempt > 0 {
                 // What the attempt before has changed is changed back, which is an invalidation, before
                 // this one begins.
                 let mut scratch = [Seen::default()];
-                self.fault_in(mm, addr, addr + PAGE_BYTES, Access::Write, &mut scratch)?;
+                self.fault_in(mm, page, page + PAGE_BYTES, Access::Write, &mut scratch)?;
             }
             let begun = self.begin();
             let lock = ReadLocked::new(mm)?;
             if !self.is_of(lock.mm()) {
                 return Err(EINVAL);
             }
-            let vma = lock.find_vma(addr).filter(|vma| vma.start() <= addr);
+            let vma = lock.find_vma(page).filter(|vma| vma.start() <= page);
             if vma.ok_or(EFAULT)?.is_shadow_stack() {
                 return Err(EACCES);
             }
             // The notifier's address is the mark by which `invalidate` knows our own.
-            let (_locked, pfn) = LockedFolio::exclusive(&lock, addr, self.raw.get().cast())?;
+            let (_locked, pfn) = LockedFolio::exclusive(&lock, page, self.raw.get().cast())?;
             let map = self.gate.enter()?;
             let mut state = self.lock(&map)?;
             // What is zapped, or unmapped, is not locked for that. A touch of the CPU waits for the
@@ -620,21 +653,29 @@ impl<T: Table> Mirror<T> {
             // SAFETY: The notifier is registered and the lock is held.
             let retry =
                 unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), begun.seq) };
-            if retry || state.tree.missing(addr) > 0 {
+            if retry || state.tree.missing(page) > 0 {
                 continue;
             }
             // INVARIANT: Nothing has been invalidated since before the page was made exclusive. It is
             // anonymous memory, which is directly mapped, or a page of the map.
             let entry = Seen(VALID | EXCLUSIVE | pfn);
             let store = map.data().store();
-            state
-                .tree
-                .set(addr, entry.0 as u64, word(&map, entry), store)?;
+            map.data().may_map()?;
+            // CAST: A word.
+            let words = (entry.0 as u64, word(&map, entry));
+            state.tree.set(page, words.0, words.1, store)?;
             state.generation += 1;
             Written::wait();
             drop(state);
             map.data().mapped(1);
-            return Ok(());
+            // Nobody gets the page back as long as its folio is locked; but who unmaps it may.
+            return match operation {
+                None => Ok(None),
+                Some(operation) => match self.atomic(&map, addr, operation)? {
+                    Ok(old) => Ok(Some(old)),
+                    Err(_) => continue,
+                },
+            };
         }
         Err(EBUSY)
     }
@@ -895,6 +936,19 @@ impl Seen {
     /// asked for.
     pub(crate) fn pfn(self) -> Option<usize> {
         (self.0 & VALID != 0).then_some(self.0 & !FLAGS)
+    }
+
+    /// The same, with the page that is at `addr`: of a large folio of device-private memory, the kernel
+    /// answers the pages from its first on, wherever in it the range begins
+    /// (`hmm_vma_handle_absent_pmd`, 7.3). What is mapped as one is aligned to its size in both ways.
+    fn at(self, addr: usize) -> Self {
+        const WITHIN: usize = (1 << MAX_ORDER) - 1;
+
+        // CAST: Widens.
+        if self.0 & VALID == 0 || self.order() < MAX_ORDER as usize {
+            return self;
+        }
+        Self(self.0 & !WITHIN | (addr / PAGE_BYTES) & WITHIN)
     }
 
     /// Whether it is a device-private page, which it was a moment ago at the latest.

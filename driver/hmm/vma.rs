@@ -3,13 +3,36 @@
 //! Address spaces and their mappings, as far as the kernel crate lacks them.
 
 use crate::sys::bindings;
-use core::ops::Deref;
+use core::{ops::Deref, ptr::NonNull};
 use kernel::{
     error::to_result,
-    mm::{virt::VmaRef, MmWithUser},
+    mm::{virt::VmaRef, Mm, MmWithUser},
     prelude::*,
+    sync::aref::ARef,
     types::NotThreadSafe,
 };
+
+/// The address spaces of all processes that there are, or of most: some may come meanwhile.
+///
+/// Fails with `ENOMEM`.
+pub(crate) fn all_address_spaces() -> Result<KVVec<ARef<Mm>>> {
+    // SAFETY: There is no room, which is said.
+    let count = unsafe { bindings::hmm_gpu_all_mms(core::ptr::null_mut(), 0) };
+    let mut raw = KVVec::from_elem(core::ptr::null_mut(), count, GFP_KERNEL)?;
+    let mut spaces = KVVec::with_capacity(count, GFP_KERNEL)?;
+    // SAFETY: There is room for so many.
+    unsafe { bindings::hmm_gpu_all_mms(raw.as_mut_ptr(), raw.len()) };
+    for mm in raw {
+        if let Some(mm) = NonNull::new(mm) {
+            // SAFETY: `Mm` is a transparent wrapper, and the reference that the call has taken passes to
+            // this value.
+            let mm = unsafe { ARef::from_raw(mm.cast::<Mm>()) };
+            // There is room, so it does not fail.
+            let _ = spaces.push_within_capacity(mm);
+        }
+    }
+    Ok(spaces)
+}
 
 /// The mmap lock, held for reading.
 ///
@@ -39,7 +62,7 @@ impl<'a> ReadLocked<'a> {
         // SAFETY: The address space is valid.
         let locked = unsafe { bindings::hmm_gpu_mmap_read_trylock(mm.as_raw()) };
         // INVARIANT: Just locked.
-        locked.then_some(Self {
+        locked.then(|| Self {
             mm,
             _not_send: NotThreadSafe,
         })

@@ -6,6 +6,9 @@
 #include <linux/hugetlb.h>
 #include <linux/pagemap.h>
 #include <linux/rmap.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/sort.h>
 #include <linux/uaccess.h>
 
@@ -248,6 +251,28 @@ bool hmm_gpu_is_pagemap(unsigned long pfn)
 bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size)
 {
 	return region_intersects(start, size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) != REGION_DISJOINT;
+}
+
+/* Of all processes there are, or as many as there is room for; each with a reference (mmgrab). Returns how many there are. */
+size_t hmm_gpu_all_mms(struct mm_struct **mms, size_t room)
+{
+	struct task_struct *task;
+	size_t count = 0;
+
+	rcu_read_lock();
+	for_each_process(task) {
+		task_lock(task);
+		if (task->mm && !(task->flags & PF_KTHREAD)) {
+			if (count < room) {
+				mmgrab(task->mm);
+				mms[count] = task->mm;
+			}
+			count++;
+		}
+		task_unlock(task);
+	}
+	rcu_read_unlock();
+	return count;
 }
 
 bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma)

@@ -195,6 +195,24 @@ impl Mapping {
         Ok(unsafe { Filled::device(to) })
     }
 
+    /// Copies the pages at `offset` of another device's memory, or elsewhere in this, into a device folio,
+    /// whose page `i` is at `i * PAGE_BYTES` of this mapping.
+    pub(crate) fn copy_folio<T: Ops>(
+        &self,
+        to: DeviceFolio<'_, T>,
+        from: &Mapping,
+        offset: usize,
+    ) -> Result<Filled> {
+        let sources = from.pages(offset, to.len())?;
+        let targets = self.pages(to.index() * PAGE_BYTES, to.len())?;
+        for ((_, target), (_, source)) in targets.zip(sources) {
+            // SAFETY: A page of each mapping.
+            unsafe { bindings::hmm_gpu_copy_page(target.cast(), source.cast()) };
+        }
+        // SAFETY: Just written, all of it.
+        Ok(unsafe { Filled::device(to) })
+    }
+
     /// Fills a device folio, whose page `i` is at `i * PAGE_BYTES` of this mapping, with zeroes.
     pub(crate) fn zero_folio<T: Ops>(&self, to: DeviceFolio<'_, T>) -> Result<Filled> {
         self.zero(to.index() * PAGE_BYTES, to.len())?;

@@ -100,6 +100,10 @@ counters! {
     device_read_bytes,
     /// Bytes that the device wrote at process addresses.
     device_written_bytes,
+    /// Those of `to_device_pages` that were in the VRAM of another device.
+    from_other_pages,
+    /// Moved to another device on request.
+    to_other_pages,
     /// Folios of 2 MiB that moved to the device whole, on request, in folios. Their pages are part of `to_device_pages`.
     large_to_device,
     /// Folios of 2 MiB that moved to the system whole, for whatever reason, in folios.

@@ -266,7 +266,7 @@ fn resident_memory_can_be_remapped_and_reprotected() {
 
 /// Catches a mapping of any other kind that moves, loses bytes, or fails the call.
 #[test]
-fn what_is_not_private_anonymous_is_skipped_and_unchanged() {
+fn what_is_not_a_process_s_own_is_skipped_and_unchanged() {
     std::fs::write("/proc/sys/vm/nr_hugepages", "2").unwrap();
     on_each_kind(|device| {
         let skipped = |what: &str, span: Span| {
@@ -297,9 +297,15 @@ fn what_is_not_private_anonymous_is_skipped_and_unchanged() {
             area.check(72);
             skipped(what, *area);
             area.check(72);
-            // A private copy of a page of a file.
+            // Of a private mapping that is the process's own copy, which moves; of a shared one it is the file's.
             area.page(3).fill(73);
-            skipped(what, *area);
+            if sharing == libc::MAP_PRIVATE {
+                assert_eq!(to_device(device, *area), moved(1, 0, 9, 0), "{what}");
+                assert_place(device, area.page(3), Place::Device);
+                assert_eq!(to_device(device, *area), moved(0, 1, 9, 0), "{what}");
+            } else {
+                skipped(what, *area);
+            }
             area.page(3).check(73);
             area.page(3).fill(72);
         }
