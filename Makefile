@@ -61,6 +61,11 @@ test-all: ## everything that can be verified: both, in one count
 hmm-tests: driver ## the kernel's own HMM suite on the driver and on the C module it was written for, side by side
 	@bench/hmm-tests/run
 
+.PHONY: bench-compare
+bench-compare: driver userlib ## what the same calls cost on the driver and on that C module, by turns in one boot (some minutes)
+	@$(VM)/enter -- bench/hmm-tests/build
+	@$(VM)/run --timeout 1800 -- bench/compare/guest
+
 .PHONY: clean
 clean: ## remove what was built in this clone (the cache folder stays)
 	rm -rf target driver/sys/*_generated.rs

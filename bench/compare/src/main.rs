@@ -1,0 +1,289 @@
+//! The same work through the test interface of HMM (the kernel's `lib/test_hmm_uapi.h`), by turns on nodes of two drivers that speak
+//! it: how long a page takes to the device, back, and back because the CPU touches it, and what a look at it costs.
+//!
+//! `hmm-gpu-compare [--rounds N] NAME=NODE [NAME=NODE]`. In each round every size and page size is done once on each node, in
+//! memory of its own, and the order of the nodes changes from round to round; only one of them is open at a time. The first round does not
+//! count. Each number is the middle one of all rounds in ns per 4 KiB page, with the middle half of them behind it. A ratio is
+//! made in each round of the two times in it. Every byte is compared after every turn. A turn in which a page would not move is made
+//! again, and told of.
+
+#![deny(unsafe_code)]
+
+use std::error::Error;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use rustix::io::Errno;
+
+use crate::memory::{Memory, Pages, HUGE_PAGE, PAGE};
+use crate::node::{Node, KIND, LOCAL, MAPPED_HUGE};
+use crate::spread::Spread;
+
+#[allow(unsafe_code)]
+mod memory;
+#[allow(unsafe_code)]
+mod node;
+mod spread;
+
+/// Bytes of memory that are moved at once.
+const SIZES: [usize; 4] = [512 << 10, 2 << 20, 16 << 20, 64 << 20];
+/// Rounds that count, if the command line does not say.
+const ROUNDS: usize = 9;
+/// What is timed.
+const OPERATIONS: [&str; 4] = ["to device", "snapshot", "to system", "CPU touch"];
+
+/// How often a turn is made at most.
+const TRIES: usize = 5;
+
+/// Nanoseconds per 4 KiB page, of each of [`OPERATIONS`].
+type Times = [f64; OPERATIONS.len()];
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hmm-gpu-compare: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let (nodes, rounds) = arguments(std::env::args().skip(1))?;
+    print!(
+        "{:>8}  {:<7}{:<11}{:>18}",
+        "size", "pages", "ns a page", "plain copy"
+    );
+    for (name, _) in &nodes {
+        print!("{name:>24}");
+    }
+    if let [(first, _), (second, _)] = nodes.as_slice() {
+        print!("{:>24}", format!("{second} / {first}"));
+    }
+    println!();
+    for size in SIZES {
+        for pages in [Pages::Small, Pages::Huge] {
+            if pages == Pages::Huge && size < HUGE_PAGE {
+                continue;
+            }
+            let measured = measure(&nodes, rounds, size, pages)?;
+            print_rows(&nodes, size, pages, &measured);
+        }
+    }
+    Ok(())
+}
+
+/// A name and the node that has it.
+type Named = (String, PathBuf);
+
+/// The one or two nodes, and how many rounds count.
+fn arguments(
+    mut arguments: impl Iterator<Item = String>,
+) -> Result<(Vec<Named>, usize), Box<dyn Error>> {
+    let (mut nodes, mut rounds) = (Vec::new(), ROUNDS);
+    while let Some(argument) = arguments.next() {
+        if argument == "--rounds" {
+            rounds = arguments.next().ok_or("--rounds needs a number")?.parse()?;
+        } else if let Some((name, path)) = argument.split_once('=') {
+            nodes.push((name.to_owned(), PathBuf::from(path)));
+        } else {
+            return Err(format!("{argument} is not NAME=NODE").into());
+        }
+    }
+    if rounds == 0 || !(1..=2).contains(&nodes.len()) {
+        return Err("usage: hmm-gpu-compare [--rounds N] NAME=NODE [NAME=NODE]".into());
+    }
+    Ok((nodes, rounds))
+}
+
+/// All rounds with one size and page size.
+struct Measured {
+    /// Of each round.
+    copies: Vec<f64>,
+    /// Of each node, of each round.
+    times: Vec<Vec<Times>>,
+}
+
+fn measure(
+    nodes: &[Named],
+    rounds: usize,
+    size: usize,
+    pages: Pages,
+) -> Result<Measured, Box<dyn Error>> {
+    let mut measured = Measured {
+        copies: Vec::new(),
+        times: vec![Vec::new(); nodes.len()],
+    };
+    for round in 0..=rounds {
+        let copy = copy(size, pages)?;
+        let mut turns: Vec<usize> = (0..nodes.len()).collect();
+        turns.rotate_left(round % nodes.len());
+        for turn in turns {
+            let (name, path) = &nodes[turn];
+            let times = turn_of(path, size, pages)
+                .map_err(|error| format!("{name}, {} KiB: {error}", size >> 10))?;
+            if round > 0 {
+                measured.times[turn].push(times);
+            }
+        }
+        if round > 0 {
+            measured.copies.push(copy);
+        }
+    }
+    Ok(measured)
+}
+
+/// One turn of a node, made again where not all of it moved.
+fn turn_of(path: &Path, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>> {
+    for _ in 1..TRIES {
+        match times(&Node::open(path)?, size, pages) {
+            Err(error) if error.downcast_ref() == Some(&Errno::NOENT) => {
+                eprintln!(
+                    "{}: not all of {} KiB moved; once more",
+                    path.display(),
+                    size >> 10
+                );
+            }
+            other => return other,
+        }
+    }
+    times(&Node::open(path)?, size, pages)
+}
+
+/// One turn: new memory goes to the device and back, twice.
+fn times(node: &Node, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>> {
+    let memory = filled(size, pages)?;
+    let mut seen = vec![0; size / PAGE];
+    let mut copy = vec![0; size];
+
+    node.snapshot(&memory, &mut seen)?;
+    let huge = seen.iter().filter(|&page| page & MAPPED_HUGE != 0).count();
+    if huge != if pages == Pages::Huge { seen.len() } else { 0 } {
+        return Err(format!("{huge} of {} pages are in huge ones", seen.len()).into());
+    }
+
+    let to_device = time(size, || node.migrate_to_device(&memory, &mut copy))?;
+    let snapshot = time(size, || node.snapshot(&memory, &mut seen))?;
+    if let Some(page) = seen.iter().position(|page| page & KIND != LOCAL) {
+        return Err(format!("page {page} is not on the device: {:#x}", seen[page]).into());
+    }
+    let to_system = time(size, || node.migrate_to_system(&memory))?;
+    compare(&memory)?;
+
+    node.migrate_to_device(&memory, &mut copy)?;
+    let touch = time(size, || {
+        for byte in memory.bytes().iter().step_by(PAGE) {
+            black_box(*byte);
+        }
+        Ok(())
+    })?;
+    compare(&memory)?;
+    if copy != memory.bytes() {
+        return Err("what the driver read is not what is there".into());
+    }
+    Ok([to_device, snapshot, to_system, touch])
+}
+
+/// A plain copy of as many bytes, from and to pages that are there. It goes to another place in a huge page than where it is from:
+/// addresses that are the same but for their high bits take turns in one place of an emulated processor's table of pages.
+fn copy(size: usize, pages: Pages) -> Result<f64, Box<dyn Error>> {
+    let (from, mut to) = (filled(size, pages)?, filled(size + HUGE_PAGE, pages)?);
+    let place = 100 * PAGE;
+    let copy = time(size, || {
+        to.bytes_mut()[place..place + size].copy_from_slice(black_box(from.bytes()));
+        black_box(to.bytes());
+        Ok(())
+    })?;
+    Ok(copy)
+}
+
+/// Nanoseconds per page of what is done for `size` bytes.
+fn time(size: usize, work: impl FnOnce() -> Result<(), Errno>) -> Result<f64, Errno> {
+    let start = Instant::now();
+    work()?;
+    Ok(start.elapsed().as_nanos() as f64 / (size / PAGE) as f64)
+}
+
+/// Memory in which each word says where it is.
+fn filled(size: usize, pages: Pages) -> Result<Memory, Box<dyn Error>> {
+    let mut memory = Memory::new(size, pages)?;
+    for (word, n) in memory.bytes_mut().chunks_exact_mut(8).zip(0u64..) {
+        word.copy_from_slice(&pattern(n));
+    }
+    Ok(memory)
+}
+
+fn compare(memory: &Memory) -> Result<(), Box<dyn Error>> {
+    let mut words = memory.bytes().chunks_exact(8).zip(0u64..);
+    match words.find(|&(word, n)| word != pattern(n)) {
+        None => Ok(()),
+        Some((_, n)) => Err(format!("word {n} is not what was written").into()),
+    }
+}
+
+/// What word `n` holds.
+fn pattern(n: u64) -> [u8; 8] {
+    (n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_ne_bytes()
+}
+
+fn print_rows(nodes: &[Named], size: usize, pages: Pages, measured: &Measured) {
+    let size = if size < 1 << 20 {
+        format!("{} KiB", size >> 10)
+    } else {
+        format!("{} MiB", size >> 20)
+    };
+    let pages = match pages {
+        Pages::Small => "4 KiB",
+        Pages::Huge => "2 MiB",
+    };
+    for (n, operation) in OPERATIONS.into_iter().enumerate() {
+        let copy = match n {
+            0 => Spread::of(measured.copies.clone()).text(0),
+            _ => String::new(),
+        };
+        print!("{size:>8}  {pages:<7}{operation:<11}{copy:>18}");
+        let of = |node: usize| measured.times[node].iter().map(move |times| times[n]);
+        for node in 0..nodes.len() {
+            print!("{:>24}", Spread::of(of(node).collect()).text(0));
+        }
+        if nodes.len() == 2 {
+            let ratios = of(1).zip(of(0)).map(|(second, first)| second / first);
+            print!("{:>24}", Spread::of(ratios.collect()).text(2));
+        }
+        println!();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Option<(Vec<Named>, usize)> {
+        arguments(line.split_whitespace().map(str::to_owned)).ok()
+    }
+
+    #[test]
+    fn one_or_two_nodes_are_named() {
+        let (nodes, rounds) = parsed("a=/dev/x --rounds 3 b=/dev/y").unwrap();
+        assert_eq!(nodes[1], ("b".to_owned(), PathBuf::from("/dev/y")));
+        assert_eq!((nodes.len(), rounds), (2, 3));
+        assert!(parsed("a=/dev/x").is_some());
+        for line in ["", "a", "--rounds", "a=/dev/x --rounds 0", "a=1 b=2 c=3"] {
+            assert!(parsed(line).is_none(), "{line}");
+        }
+    }
+
+    #[test]
+    fn memory_holds_what_is_written_and_a_change_is_found() {
+        let mut memory = filled(2 * PAGE, Pages::Small).unwrap();
+        compare(&memory).unwrap();
+        memory.bytes_mut()[PAGE + 9] ^= 1;
+        let error = compare(&memory).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("word {} is not what was written", PAGE / 8 + 1)
+        );
+    }
+}
