@@ -417,9 +417,10 @@ impl Call<'_> {
         target: Target,
         mut then: impl FnMut(usize, usize, Progress) -> Result,
     ) -> Result {
-        // A page that somebody holds for a moment stays.
-        const ATTEMPTS: usize = 8;
+        // A page that somebody holds for a moment stays. In all, that often is it tried again.
+        const ATTEMPTS: usize = 64;
         const PAUSE_US: i64 = 500;
+        const LONGEST_PAUSE_US: i64 = 16_000;
 
         let mut request = Request::new(self.gate(), self.mirror, target)?;
         // The C module's devices are strangers to each other.
@@ -427,7 +428,7 @@ impl Call<'_> {
         if self.dmirror.fail_alloc.xchg(false, Full) {
             request.fail_large();
         }
-        let mut at = self.range.start;
+        let (mut at, mut attempts) = (self.range.start, ATTEMPTS);
         while at < self.range.end {
             let window = (at | (WINDOW_BYTES - 1)).saturating_add(1);
             let end = {
@@ -439,8 +440,8 @@ impl Call<'_> {
                 }
                 self.range.end.min(window).min(vma.end())
             };
-            let mut moved = 0;
-            for attempt in 0..ATTEMPTS {
+            let (mut moved, mut pause) = (0, PAUSE_US);
+            loop {
                 let mut progress = Progress::default();
                 match request.run(self.mm, at, end, &mut progress) {
                     // What does not fit stays. Gone by now is nothing to move.
@@ -448,12 +449,14 @@ impl Call<'_> {
                     result => result?,
                 }
                 moved += progress.moved;
-                if progress.skipped == 0 || attempt + 1 == ATTEMPTS {
+                if progress.skipped == 0 || attempts == 0 {
                     progress.moved = moved;
                     then(at, end, progress)?;
                     break;
                 }
-                fsleep(Delta::from_micros(PAUSE_US));
+                attempts -= 1;
+                fsleep(Delta::from_micros(pause));
+                pause = LONGEST_PAUSE_US.min(pause * 2);
             }
             at = end;
         }

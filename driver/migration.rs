@@ -366,7 +366,8 @@ impl<'a> Request<'a> {
         if self.target == Target::Device && found.other > 0 && !self.only_system {
             let stop = start + pages * PAGE_BYTES;
             let more = self.move_selected(map, vma, start, stop, Select::Device);
-            outcome.moved += more.moved;
+            // Others may have moved some back between the two.
+            outcome.moved = pages.min(outcome.moved + more.moved);
             // What did not fit is among what is skipped.
             outcome.without_memory = outcome.without_memory.or(more.without_memory);
             found = self.find(map, lock, start, pages);
