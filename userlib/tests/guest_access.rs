@@ -5,12 +5,12 @@
 mod common;
 
 use std::ffi::c_void;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 
 use common::child::Child;
 use common::driver::{is_bound, on_each_kind, try_device_of, Driver, GPUS};
 use common::kernel::{self, Log};
-use common::memory::{errno, last_errno, Area, Span};
+use common::memory::{errno, Area, Span};
 use common::{assert_place, mirror, places, refused, to_device};
 use hmm_gpu::uapi::{
     self, hmm_gpu_counters, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
@@ -95,7 +95,7 @@ fn a_file_serves_only_the_address_space_that_opened_it() {
         });
         let fd = other.receive();
         let mine = Device::open_path(path).unwrap();
-        let passed = take_file(other.pid, fd);
+        let passed = other.take_file(fd);
         // SAFETY: both are open.
         errno(unsafe { libc::dup2(passed.as_raw_fd(), mine.as_fd().as_raw_fd()) }).unwrap();
         every_call_is(&mine, Errno::PERM, **area);
@@ -219,18 +219,4 @@ fn bad_module_parameters_are_refused() {
         assert!(!kernel::is_loaded());
         assert_eq!(kernel::iomem(), before, "{parameters}");
     }
-}
-
-/// Takes an open file from another process (`pidfd_getfd`), as if it had been passed.
-fn take_file(pid: libc::pid_t, fd: u64) -> OwnedFd {
-    // SAFETY: numbers only.
-    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    assert_ne!(process, -1, "{}", last_errno());
-    // SAFETY: just made, and nobody else's.
-    let process = unsafe { OwnedFd::from_raw_fd(process as i32) };
-    // SAFETY: numbers only.
-    let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };
-    assert_ne!(taken, -1, "{}", last_errno());
-    // SAFETY: as above.
-    unsafe { OwnedFd::from_raw_fd(taken as i32) }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::driver::{self, is_bound, Driver, GPUS, IN_SLOT};
 use common::memory::Area;
-use common::{assert_place, eventually, refused, to_device};
+use common::{assert_place, eventually, refused, to_device, Stop};
 use hmm_gpu::{Device, Errno, Place, Policy};
 
 /// Puts the machine to sleep, as far as its processes: what the kernel itself offers as a test. Its file servers would not let it go
@@ -62,15 +62,6 @@ fn sleep_finds_vram_empty_and_all_goes_on_after_it() {
     }
 }
 
-/// Says that it is time to stop when it is dropped.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Catches a device access that is lost, refused or done wrong because the host falls asleep under it.
 #[test]
 fn what_runs_while_the_host_falls_asleep_goes_on_when_it_wakes() {
@@ -105,7 +96,6 @@ fn what_runs_while_the_host_falls_asleep_goes_on_when_it_wakes() {
                 area.check(round);
             });
         }
-        // Also if this thread panics: the others would go on for ever.
         let _stop = Stop(&stop);
         for _ in 0..8 {
             let before = rounds

@@ -1,11 +1,12 @@
 //! Forked processes that go step by step.
 
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{catch_unwind, set_hook, AssertUnwindSafe};
 use std::time::Duration;
 
-use super::memory::errno;
+use super::memory::{errno, last_errno};
 
 const TOO_LONG: Duration = Duration::from_secs(60);
 
@@ -123,6 +124,21 @@ impl Child {
     pub fn signal(&self, signal: libc::c_int) {
         // SAFETY: our child, which nobody has waited for.
         unsafe { libc::kill(self.pid, signal) };
+    }
+
+    /// Takes an open file from the child (`pidfd_getfd`), as if it had been passed.
+    #[track_caller]
+    pub fn take_file(&self, fd: u64) -> OwnedFd {
+        // SAFETY: numbers only.
+        let process = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        assert_ne!(process, -1, "{}", last_errno());
+        // SAFETY: just made, and nobody else's.
+        let process = unsafe { OwnedFd::from_raw_fd(process as i32) };
+        // SAFETY: numbers only.
+        let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };
+        assert_ne!(taken, -1, "{}", last_errno());
+        // SAFETY: as above.
+        unsafe { OwnedFd::from_raw_fd(taken as i32) }
     }
 
     fn wait(&mut self) -> libc::c_int {

@@ -19,6 +19,7 @@ pub mod swap;
 pub mod uring;
 pub mod userfault;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use hmm_gpu::{Device, Errno, Moved, Place, Target};
@@ -136,5 +137,14 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     while !holds() {
         assert!(Instant::now() < deadline, "it never came to this: {what}");
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Says that it is time to stop when it is dropped: also if a test panics, since its other threads would go on for ever.
+pub struct Stop<'a>(pub &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
