@@ -11,7 +11,7 @@ use std::thread;
 use common::driver::{assert_empty, Driver, GPUS};
 use common::memory::{Area, Span, HUGE, PAGE};
 use common::random::Random;
-use common::{eventually, places};
+use common::{eventually, places, rounds};
 use hmm_gpu::{Device, Errno, Target};
 
 /// Moves what can be moved; a range that is being unmapped may be empty by then.
@@ -47,8 +47,7 @@ fn remap(from: Span, to: usize) -> Span {
 /// slab's red zones are overwritten.
 #[test]
 fn page_tables_that_are_freed_under_a_migration_overwrite_nothing() {
-    const ROUNDS: usize = 60;
-
+    let all = rounds(60);
     let (driver, device) = Driver::load_with("", GPUS[0]);
     let room = Area::new(40 * HUGE);
     let (target, round, done) = (
@@ -79,7 +78,7 @@ fn page_tables_that_are_freed_under_a_migration_overwrite_nothing() {
         let mut random = Random::new(17);
         // The longest delay, in turns of an empty loop: kept at what makes the two meet.
         let mut longest = 400_000usize;
-        for now in 1..=ROUNDS {
+        for now in 1..=all {
             // Four huge pages, moved by half a huge page, so that each page table holds the halves of two.
             let huge = room.part(0, 4 * HUGE);
             huge.map_over(
@@ -183,8 +182,8 @@ fn merged_pages_stay_in_system_memory() {
 #[test]
 fn everything_at_once_loses_nothing() {
     const PAGES: usize = 3 * HUGE / 2;
-    const ROUNDS: u64 = 12;
 
+    let all = rounds(12) as u64;
     let (mut driver, device) = Driver::load_with("", GPUS[0]);
     let other = driver.bind(GPUS[1]);
     let area = Area::filled(PAGES, 0);
@@ -226,14 +225,14 @@ fn everything_at_once_loses_nothing() {
                 }
             }
         });
-        for round in 0..ROUNDS {
+        for round in 0..all {
             kept.check(round);
             kept.fill(round + 1);
         }
-        kept.check(ROUNDS);
+        kept.check(all);
         stop.store(true, Ordering::Relaxed);
     });
-    kept.check(ROUNDS);
+    kept.check(all);
     drop(area);
     assert_empty(&device);
     assert_empty(&other);

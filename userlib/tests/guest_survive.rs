@@ -15,7 +15,7 @@ use common::mirror::{
     mirrored, read, snapshot, write, MAP, MIGRATE,
 };
 use common::random::Random;
-use common::{assert_place, eventually, to_device};
+use common::{assert_place, eventually, rounds, to_device};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -352,7 +352,7 @@ fn a_process_that_is_killed_in_the_middle_of_accesses_leaves_nothing() {
     let (driver, device) = Driver::load_with("", GPUS[0]);
     let path = device.path();
     let mut random = Random::new(9);
-    for round in 0..20 {
+    for round in 0..rounds(20) {
         let mut child = Child::fork(|test| {
             let device = Device::open_path(path).unwrap();
             let area = Area::filled(500, 5);

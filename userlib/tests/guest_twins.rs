@@ -17,7 +17,7 @@ use common::mirror::{
     device_fill_by, mirrored, read, snapshot, try_snapshot, write, Ended, MAP, MIGRATE,
 };
 use common::random::Random;
-use common::{assert_place, places, to_device, to_system};
+use common::{assert_place, places, rounds, to_device, to_system};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -52,7 +52,7 @@ fn clients_of_one_process_agree_with_a_model_after_every_step() {
             }
         }
     };
-    for step in 0..240 {
+    for step in 0..rounds(240) as u64 {
         let first = random.below(PAGES);
         let part = area.part(first, 1 + random.below((PAGES - first).min(12)));
         let range = first..first + part.pages;
@@ -544,6 +544,11 @@ fn everything_at_once_and_nobody_finds_a_strangers_bytes() {
     let end = Instant::now() + 2 * TURMOIL;
     let (area, pages, clients_of_all) = (*memory, &pages, &clients);
     let steps = AtomicU64::new(0);
+    // For a while, and then for as long as it takes.
+    let goes_on = || {
+        let now = Instant::now();
+        now < end || (now < end + Duration::from_secs(90) && steps.load(Ordering::Relaxed) <= 200)
+    };
     // A client, a page of this thread's own for now, and what it holds.
     let take = |random: &mut Random| -> (usize, MutexGuard<'_, Holds>) {
         loop {
@@ -556,7 +561,7 @@ fn everything_at_once_and_nobody_finds_a_strangers_bytes() {
     let worker = |seed: u64| {
         let mut random = Random::new(seed);
         let mut found = vec![0_u64; PAGE / 8];
-        while Instant::now() < end {
+        while goes_on() {
             let client = &clients_of_all[random.below(3)];
             let policy = [MAP, MAP, MIGRATE][random.below(3)];
             let (page, mut holds) = take(&mut random);
@@ -636,7 +641,7 @@ fn everything_at_once_and_nobody_finds_a_strangers_bytes() {
     let disturber = |seed: u64| {
         let mut random = Random::new(seed);
         let mut found = vec![0_u64; 16 * PAGE / 8];
-        while Instant::now() < end {
+        while goes_on() {
             let client = &clients_of_all[random.below(3)];
             let first = random.below(PAGES);
             let part = area.part(first, 1 + random.below((PAGES - first).min(16)));
@@ -676,7 +681,7 @@ fn everything_at_once_and_nobody_finds_a_strangers_bytes() {
             scope.spawn(move || disturber(seed));
         }
         scope.spawn(|| {
-            while Instant::now() < end {
+            while goes_on() {
                 // Everything is shared, and copied on write, for as long as the child lives.
                 // SAFETY: the child does nothing but sleep and end.
                 match unsafe { libc::fork() } {

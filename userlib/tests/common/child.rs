@@ -42,8 +42,9 @@ impl Child {
     /// Forks a process that does `work` and ends, well if `work` returns and badly if it panics.
     pub fn fork(work: impl FnOnce(&mut Link)) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(TOO_LONG)).unwrap();
-        theirs.set_read_timeout(Some(TOO_LONG)).unwrap();
+        let too_long = Some(super::patience(TOO_LONG));
+        ours.set_read_timeout(too_long).unwrap();
+        theirs.set_read_timeout(too_long).unwrap();
         // SAFETY: glibc keeps its allocator usable in the child, and the child uses no other lock that a thread may have held:
         // it prints through no lock (below), and ends without running anybody's cleanup.
         let pid = errno(unsafe { libc::fork() }).unwrap();

@@ -130,10 +130,34 @@ pub fn moved(moved: usize, already: usize, skipped: usize, unmapped: usize) -> M
     }
 }
 
+/// Whether this runs on the kernel that checks itself and the driver: all takes several times longer there.
+pub fn is_checking() -> bool {
+    std::env::var_os("HMM_GPU_DEBUG").is_some_and(|value| !value.is_empty())
+}
+
+/// How often a test does something: a quarter as often on the kernel that checks, which sees at once what this one shows only if it
+/// goes wrong.
+pub fn rounds(full: usize) -> usize {
+    if is_checking() {
+        full.div_ceil(4)
+    } else {
+        full
+    }
+}
+
+/// How long something may take that takes no time on a machine that is idle.
+pub fn patience(full: Duration) -> Duration {
+    if is_checking() {
+        full * 6
+    } else {
+        full
+    }
+}
+
 /// Waits until `holds`, which must be soon.
 #[track_caller]
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + patience(Duration::from_secs(20));
     while !holds() {
         assert!(Instant::now() < deadline, "it never came to this: {what}");
         std::thread::sleep(Duration::from_millis(2));
