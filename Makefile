@@ -27,7 +27,8 @@ endif
 .PHONY: debug-driver
 debug-driver: ## build the driver for the checking kernel (target/debug-driver/hmm_gpu.ko)
 	@$(VM)/prepare --debug
-	@$(VM)/enter --debug -- sh -c 'mkdir -p target/debug-driver && cd driver && \
+	@$(VM)/enter --debug -- sh -c 'cmp -s "$$KDIR/.config" target/debug-driver/kernel.config || rm -rf target/debug-driver; \
+		mkdir -p target/debug-driver && cp "$$KDIR/.config" target/debug-driver/kernel.config && cd driver && \
 		find . \( -name Kbuild -o -name "*.[ch]" -o -name "*.rs" -o -name "*.rules" \) ! -name "*_generated.rs" ! -name "*.mod.c" \
 			-exec cp --parents --preserve=timestamps -t ../target/debug-driver {} + && \
 		make -s -C "$$KDIR" M=/hmm-gpu/target/debug-driver modules'
@@ -46,16 +47,16 @@ shell: driver userlib ## a prompt in the virtual GPU host, with the driver loade
 	@$(VM)/shell
 
 .PHONY: test
-test: ## what can be verified on Debian's kernel; ends in `N passed, N failed, N skipped`
+test: ## everything that can be verified, on both kernels; ends in `N passed, N failed, N skipped`
 	@bench/test
 
-.PHONY: test-debug
-test-debug: ## what of it runs in a guest, on a kernel that checks (KASAN, lockdep, kmemleak and more; built once)
-	@bench/test --debug
+.PHONY: test-stock
+test-stock: ## the part of it on Debian's kernel, and what needs no kernel
+	@bench/test --stock
 
-.PHONY: test-all
-test-all: ## everything that can be verified: both, in one count
-	@bench/test --all
+.PHONY: test-debug
+test-debug: ## the other part: the guest's tests, on a kernel that checks (KASAN, lockdep, kmemleak and more; built once)
+	@bench/test --debug
 
 .PHONY: hmm-tests
 hmm-tests: driver ## the kernel's own HMM suite on the driver and on the C module it was written for, side by side
