@@ -11,7 +11,7 @@ use common::child::Child;
 use common::driver::{assert_empty, counters, on_each_kind, Driver, GPUS};
 use common::memory::{Area, Span, HUGE, PAGE};
 use common::mirror::{device_check, fault_all, MAP, MIGRATE, WRITE};
-use common::{eventually, places, to_device};
+use common::{eventually, places, rounds, to_device};
 use hmm_gpu::{Device, Errno, Target};
 
 /// A step that can be made to fail: its file in debugfs.
@@ -113,9 +113,8 @@ fn memory(huge: bool) -> Area {
 /// Has each step of a deed fail in its turn, until there are not so many. Returns how often one has.
 #[track_caller]
 fn each(device: &Device, name: &str, on_device: bool, huge: bool, deed: Deed) -> u64 {
-    /// More would only be more of the same: pages that are dealt with one after the other.
-    const MOST: u64 = 40;
-
+    // More would only be more of the same: pages that are dealt with one after the other.
+    let most = rounds(40) as u64;
     let mut failures = 0;
     for step in STEPS {
         for n in 1.. {
@@ -145,7 +144,7 @@ fn each(device: &Device, name: &str, on_device: bool, huge: bool, deed: Deed) ->
             drop((own, area));
             assert_empty(device);
             failures += u64::from(failed);
-            if !failed || n == MOST {
+            if !failed || n == most {
                 break;
             }
         }
