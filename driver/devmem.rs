@@ -157,16 +157,22 @@ impl Ops for DeviceMemory {
         let memory = map.data();
         memory.counters.cpu_faults.add(1);
         if fault.order() == 0 {
-            return fault_back(map, &fault, Entries::new(&mut [0], &mut [0]));
+            let outcome = fault_back(map, &fault, Entries::new(&mut [0], &mut [0]));
+            return outcome.unwrap_or(FaultOutcome::Retry);
         }
-        if memory.splitter.is_busy() {
-            memory.counters.cpu_fault_retries.add(1);
-            return FaultOutcome::Retry;
+        if !memory.splitter.is_busy() {
+            let Ok(mut scratch) = Scratch::new() else {
+                return FaultOutcome::NoMemory;
+            };
+            if let Some(outcome) = fault_back(map, &fault, scratch.entries()) {
+                return outcome;
+            }
+            if let Some(index) = fault.index(map) {
+                memory.splitter.split_later(fault.mm(), index);
+            }
         }
-        match Scratch::new() {
-            Ok(mut scratch) => fault_back(map, &fault, scratch.entries()),
-            Err(_) => FaultOutcome::NoMemory,
-        }
+        memory.counters.cpu_fault_retries.add(1);
+        fault.come_again()
     }
 
     fn evict_all(map: &PageMap<Self>) {
@@ -211,31 +217,32 @@ impl Ops for DeviceMemory {
     }
 }
 
-/// Brings what the CPU touched to system memory.
+/// Brings what the CPU touched to system memory. Returns nothing if it is a large folio that has to be
+/// split first.
 fn fault_back<'a>(
     map: &PageMap<DeviceMemory>,
     fault: &Fault<'a, DeviceMemory>,
     entries: Entries<'a>,
-) -> FaultOutcome {
+) -> Option<FaultOutcome> {
     let memory = map.data();
     let Ok(collected) = fault.collect(entries) else {
         // The kernel says this of a mapping that could not have had the page in the first place.
-        return FaultOutcome::Lost;
+        return Some(FaultOutcome::Lost);
     };
     let outcome = move_to_system(collected, Cause::Fault, &mut []);
     if outcome.without_memory.is_some() {
-        return FaultOutcome::NoMemory;
+        return Some(FaultOutcome::NoMemory);
     }
     if outcome.lost {
-        return FaultOutcome::Lost;
+        return Some(FaultOutcome::Lost);
     }
-    if let Some(index) = fault.index(map).filter(|_| outcome.stuck > 0) {
-        memory.splitter.split_later(fault.mm(), index);
+    if outcome.stuck > 0 {
+        return None;
     }
     if outcome.moved == 0 {
         memory.counters.cpu_fault_retries.add(1);
     }
-    FaultOutcome::Retry
+    Some(FaultOutcome::Retry)
 }
 
 /// Tries once to move each live page to system memory, until there is no memory for one. Returns

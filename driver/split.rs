@@ -23,7 +23,7 @@ use crate::{
     sys::work,
 };
 use kernel::{
-    mm::{Mm, MmWithUser},
+    mm::{virt::flags, Mm, MmWithUser},
     new_mutex, new_work,
     prelude::*,
     sync::{
@@ -152,26 +152,28 @@ fn split_in(map: &PageMap<DeviceMemory>, mm: &Mm, index: usize) {
     let mut at = 0;
     while let Some(vma) = lock.find_vma(at) {
         at = vma.end();
+        if vma.flags() & flags::SHARED != 0 {
+            continue;
+        }
         // All in pages, from the same zero as the folio's.
         let from = vma.first_index();
         let to = from.saturating_add((vma.end() - vma.start()) / PAGE_BYTES);
-        let there = first.max(from);
-        if !vma.is_anonymous() || there >= to.min(first.saturating_add(1 << order)) {
-            continue;
-        }
-        let start = vma.start() + (there - from) * PAGE_BYTES;
-        let (mut src, mut dst) = ([0], [0]);
-        // To have a part of it collected is to have it split. Then all goes back to where it was.
-        drop(Collected::<DeviceMemory>::range(
-            vma,
-            start,
-            start + PAGE_BYTES,
-            Select::Device,
-            Grain::Page,
-            Entries::new(&mut src, &mut dst),
-        ));
-        if map.order(index) != Some(order) {
-            return;
+        // Some of its pages may be mapped no more.
+        for page in first.max(from)..to.min(first.saturating_add(1 << order)) {
+            let start = vma.start() + (page - from) * PAGE_BYTES;
+            let (mut src, mut dst) = ([0], [0]);
+            // To have a part of it collected is to have it split. Then all goes back to where it was.
+            drop(Collected::<DeviceMemory>::range(
+                vma,
+                start,
+                start + PAGE_BYTES,
+                Select::Device,
+                Grain::Page,
+                Entries::new(&mut src, &mut dst),
+            ));
+            if map.order(index) != Some(order) {
+                return;
+            }
         }
     }
 }

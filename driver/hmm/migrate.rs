@@ -511,6 +511,18 @@ impl<'a, T: Ops> Fault<'a, T> {
         unsafe { Mm::from_raw((*(*self.vmf).__bindgen_anon_1.vma).vm_mm) }.into()
     }
 
+    /// Has the fault be taken again, for what it waits for may need the mmap lock: so that is let go of
+    /// meanwhile (`VM_FAULT_RETRY`). There is no memory for who does not allow that.
+    pub(crate) fn come_again(self) -> FaultOutcome {
+        // SAFETY: By the type invariants. The caller touches nothing but the folio after
+        // `VM_FAULT_RETRY`, and this value is gone.
+        if unsafe { bindings::hmm_gpu_fault_retry(self.vmf) } {
+            FaultOutcome::Later(Later(()))
+        } else {
+            FaultOutcome::NoMemory
+        }
+    }
+
     /// Sets up a migration of what was touched: `1 << order()` pages.
     pub(crate) fn collect(&self, entries: Entries<'a>) -> Result<Collected<'a, T>> {
         // SAFETY: By the type invariants.
@@ -544,7 +556,13 @@ pub(crate) enum FaultOutcome {
     NoMemory,
     /// The page's content cannot be had (`VM_FAULT_SIGBUS`).
     Lost,
+    /// See [`Fault::come_again`].
+    Later(Later),
 }
+
+/// The mmap lock has been let go of as it has to be, or need not be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Later(());
 
 impl FaultOutcome {
     pub(super) fn into_raw(self) -> bindings::vm_fault_t {
@@ -552,6 +570,7 @@ impl FaultOutcome {
             FaultOutcome::Retry => 0,
             FaultOutcome::NoMemory => bindings::vm_fault_reason_VM_FAULT_OOM,
             FaultOutcome::Lost => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+            FaultOutcome::Later(_) => bindings::vm_fault_reason_VM_FAULT_RETRY,
         }
     }
 }

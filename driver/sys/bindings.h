@@ -60,6 +60,7 @@ bool hmm_gpu_is_pagemap(unsigned long pfn);
 bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size);
 
 /* address spaces */
+bool hmm_gpu_fault_retry(struct vm_fault *vmf);
 size_t hmm_gpu_all_mms(struct mm_struct **mms, size_t room);
 bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma);
 bool hmm_gpu_vma_may_migrate(const struct vm_area_struct *vma);

@@ -253,6 +253,16 @@ bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size)
 	return region_intersects(start, size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) != REGION_DISJOINT;
 }
 
+/* Whether VM_FAULT_RETRY may be answered. The mmap lock is let go of, as is due then. */
+bool hmm_gpu_fault_retry(struct vm_fault *vmf)
+{
+	if (!(vmf->flags & FAULT_FLAG_ALLOW_RETRY))
+		return false;
+	if (!(vmf->flags & FAULT_FLAG_RETRY_NOWAIT))
+		mmap_read_unlock(vmf->vma->vm_mm);
+	return true;
+}
+
 /* Of all processes there are, or as many as there is room for; each with a reference (mmgrab). Returns how many there are. */
 size_t hmm_gpu_all_mms(struct mm_struct **mms, size_t room)
 {
