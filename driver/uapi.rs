@@ -160,7 +160,8 @@ pub struct hmm_gpu_migrate {
     pub reserved: [u64; 2],
 }
 
-/// Nothing is mapped, or the page was never touched, or it is swapped out, or it cannot be read.
+/// Nothing is mapped, or the page was never touched, or it is swapped out, or it cannot be read, or a
+/// device has it to itself (`ATOMIC`).
 pub const HMM_GPU_RESIDENT_NONE: u8 = 0;
 /// In system memory.
 pub const HMM_GPU_RESIDENT_SYSTEM: u8 = 1;
@@ -288,8 +289,8 @@ pub const HMM_GPU_PTE_LEVEL_BITS: u32 = 9;
 /// another level is the next node's. A level has as many bits as [`HMM_GPU_PTE_LEVEL_BITS`] says.
 ///
 /// A file has a mirror of its address space from its first `MIRROR`, `MIGRATE`, `RESIDENCY`,
-/// `ACCESS`, `FAULT` or `SNAPSHOT` on until it is closed, and the table from its first `MIRROR`,
-/// `ACCESS` or `FAULT`.
+/// `ACCESS`, `FAULT`, `SNAPSHOT` or `ATOMIC` on until it is closed, and the table from its first
+/// `MIRROR`, `ACCESS`, `FAULT` or `ATOMIC`.
 ///
 /// Errors: `EINVAL` (flag or reserved field not zero), `ENOSPC` (no VRAM for the root), `ENOMEM`,
 /// `EINTR`, `ENODEV`, `EPERM`.
@@ -439,7 +440,7 @@ pub struct hmm_gpu_fault {
 }
 
 /// Something is there that can be read: without this, nothing is mapped, or it was never touched,
-/// or is swapped out, or cannot be read.
+/// or is swapped out, or cannot be read, or a device has it to itself.
 pub const HMM_GPU_SNAPSHOT_VALID: u64 = 0x1;
 /// It is mapped writable.
 pub const HMM_GPU_SNAPSHOT_WRITABLE: u64 = 0x2;

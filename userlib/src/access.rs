@@ -18,7 +18,7 @@ pub enum Policy {
     Map,
     /// The page is moved to the device if it can be, and mapped.
     Migrate,
-    /// Nothing: the access ends with `EAGAIN`. For accesses only; [`Device::fault`] refuses it (`EINVAL`).
+    /// Nothing: the access ends with `EAGAIN`. For accesses only; [`Device::fault`] and atomic operations refuse it (`EINVAL`).
     None,
 }
 

@@ -189,12 +189,21 @@ impl Capabilities {
     /// [`fault`](crate::Device::fault) and [`snapshot`](crate::Device::snapshot).
     pub const MIRROR: Self = Self(uapi::HMM_GPU_CAP_MIRROR);
 
-    const NAMES: [(Self, &'static str); 5] = [
+    /// It does atomic operations: [`Device::fetch_add`](crate::Device::fetch_add),
+    /// [`fetch_and`](crate::Device::fetch_and), [`fetch_or`](crate::Device::fetch_or), [`swap`](crate::Device::swap) and
+    /// [`compare_exchange`](crate::Device::compare_exchange).
+    pub const ATOMIC: Self = Self(uapi::HMM_GPU_CAP_ATOMIC);
+    /// The CPU reaches its VRAM where it is: pages do not come back when the CPU touches them.
+    pub const COHERENT: Self = Self(uapi::HMM_GPU_CAP_COHERENT);
+
+    const NAMES: [(Self, &'static str); 7] = [
         (Self::MIGRATE, "migrate"),
         (Self::RESIDENCY, "residency"),
         (Self::COUNTERS, "counters"),
         (Self::FAULT_BACK, "fault-back"),
         (Self::MIRROR, "mirror"),
+        (Self::ATOMIC, "atomic"),
+        (Self::COHERENT, "coherent"),
     ];
 
     /// Whether all of `others` are in this set.
@@ -233,8 +242,8 @@ mod tests {
     #[test]
     fn a_pci_device_is_described_with_its_address() {
         let answer = hmm_gpu_query {
-            version: 2,
-            capabilities: 0x1f,
+            version: 3,
+            capabilities: 0x3f,
             unit: 2,
             source: uapi::HMM_GPU_SOURCE_PCI,
             form: uapi::HMM_GPU_FORM_ADD_RESOURCE,
@@ -247,8 +256,8 @@ mod tests {
         let description = Description::from_uapi(Path::new("/dev/hmm_gpu2"), &answer);
         assert_eq!(
             description.to_string(),
-            "/dev/hmm_gpu2: 1 GiB of VRAM (512 MiB free), PCI 0000:00:10.0, form add_resource, interface 2: \
-             migrate, residency, counters, fault-back, mirror"
+            "/dev/hmm_gpu2: 1 GiB of VRAM (512 MiB free), PCI 0000:00:10.0, form add_resource, interface 3: \
+             migrate, residency, counters, fault-back, mirror, atomic"
         );
         assert!(description.capabilities.contains(Capabilities::FAULT_BACK));
     }
@@ -292,5 +301,7 @@ mod tests {
             "migrate, 0x10000000000"
         );
         assert_eq!(Capabilities(0).to_string(), "nothing");
+        let coherent = Capabilities::ATOMIC.bits() | Capabilities::COHERENT.bits();
+        assert_eq!(Capabilities(coherent).to_string(), "atomic, coherent");
     }
 }

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::{Accessed, Bytes, DeviceFault, Moved, Operation, Policy, TableEntry, Target};
+use crate::{
+    Accessed, AtomicOperation, Bytes, DeviceFault, Moved, Operation, Policy, TableEntry, Target,
+};
 
 /// What can go wrong. The text says what was attempted, with its values, what the system answered, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +153,19 @@ pub enum Attempt {
         /// With `EAGAIN`, what the device found there.
         entry: TableEntry,
     },
+    /// To let the device do an atomic operation.
+    Atomic {
+        /// What it was to do.
+        operation: AtomicOperation,
+        /// Where the word is.
+        addr: usize,
+        /// Bytes of the word.
+        bytes: usize,
+        /// What was to be done with device faults.
+        policy: Policy,
+        /// How many there were.
+        faults: u64,
+    },
     /// To service device faults.
     Fault {
         /// How many.
@@ -206,6 +221,17 @@ impl fmt::Display for Attempt {
                 }?;
                 write!(f, " (policy {policy})")
             }
+            Attempt::Atomic {
+                operation,
+                addr,
+                bytes,
+                policy,
+                ..
+            } => write!(
+                f,
+                "the device's {operation} on {} at {addr:#x} (policy {policy})",
+                exact(bytes)
+            ),
             Attempt::Fault { faults, policy, .. } => {
                 let plural = if faults == 1 { "" } else { "s" };
                 write!(
@@ -402,6 +428,15 @@ fn attempt_reason(attempt: &Attempt, errno: Errno) -> Option<Reason> {
             "there must be a byte at least, the range must not wrap around, and a copy's ranges must not overlap",
         )),
         (Attempt::Access { .. }, errno) => service_reason(errno),
+        (Attempt::Atomic { .. }, Errno::OPNOTSUPP) => Some((
+            "the page is shared or a file's, and the kernel gives such to no device",
+            "use private memory (`Box`, `Vec`, `SharedBuf`)",
+        )),
+        (Attempt::Atomic { .. }, Errno::INVAL) => Some((
+            "the driver does not take these values",
+            "use `Policy::Map` or `Policy::Migrate`, a multiple of the word's size for its address, and values as wide",
+        )),
+        (Attempt::Atomic { .. }, errno) => service_reason(errno),
         (Attempt::Fault { .. }, Errno::INVAL) => Some((
             "the driver does not take these values",
             "use `Policy::Map` or `Policy::Migrate`",
@@ -462,6 +497,10 @@ fn progress(attempt: &Attempt) -> String {
                 _ => format!("found {entry}; "),
             };
             format!("{at} ({found}{accessed} before that)")
+        }
+        Attempt::Atomic { faults, .. } => {
+            let plural = if *faults == 1 { "" } else { "s" };
+            format!(" ({faults} device fault{plural} before that)")
         }
         Attempt::Fault { mapped_pages, .. } => {
             let plural = if *mapped_pages == 1 { "" } else { "s" };
@@ -680,6 +719,43 @@ mod tests {
             assert!(text.contains("; ") && text.contains("(os error "), "{text}");
             text
         });
+        let apart: std::collections::BTreeSet<&String> = texts.iter().collect();
+        assert_eq!(apart.len(), documented.len());
+    }
+
+    #[test]
+    fn every_documented_error_of_an_atomic_operation_says_what_to_do() {
+        use Errno as E;
+        let documented = [
+            E::INVAL,
+            E::FAULT,
+            E::ACCESS,
+            E::OPNOTSUPP,
+            E::BUSY,
+            E::NOSPC,
+            E::NOMEM,
+            E::NODEV,
+            E::PERM,
+            E::NOTTY,
+        ];
+        let texts = documented.map(|errno| {
+            let attempt = Attempt::Atomic {
+                operation: AtomicOperation::FetchAdd(1),
+                addr: 0x7f12_3456_7008,
+                bytes: 8,
+                policy: Policy::Map,
+                faults: 2,
+            };
+            let text = Error::call(Path::new("/dev/hmm_gpu0"), attempt, errno).to_string();
+            assert!(text.contains("; ") && text.contains("(os error "), "{text}");
+            text
+        });
+        assert_eq!(
+            texts[3],
+            "the device's fetch_add(0x1) on 8 bytes at 0x7f1234567008 (policy map) on /dev/hmm_gpu0: the page is shared or a \
+             file's, and the kernel gives such to no device (2 device faults before that); use private memory (`Box`, `Vec`, \
+             `SharedBuf`) (Operation not supported (os error 95))"
+        );
         let apart: std::collections::BTreeSet<&String> = texts.iter().collect();
         assert_eq!(apart.len(), documented.len());
     }

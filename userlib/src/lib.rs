@@ -36,6 +36,20 @@
 //! # }
 //! ```
 //!
+//! Device and CPU may count in the same words, by atomic operations:
+//!
+//! ```no_run
+//! # use std::sync::atomic::{AtomicU64, Ordering};
+//! # use hmm_gpu::{Device, Policy};
+//! # fn main() -> Result<(), hmm_gpu::Error> {
+//! # let device = Device::open_first()?;
+//! let done = AtomicU64::new(0);
+//! device.fetch_add(&done, 1, Policy::Map)?; // until a CPU touches it, the page is the device's alone
+//! assert_eq!(done.load(Ordering::Acquire), 1);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # What holds everywhere
 //!
 //! - Moving is invisible: addresses and bytes stay. So it is safe for any memory at any time, and never needed for a
@@ -53,6 +67,7 @@
 #![warn(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod access;
+mod atomic;
 mod counters;
 mod describe;
 mod device;
@@ -85,6 +100,7 @@ pub use bytemuck::Pod;
 pub use rustix::io::Errno;
 
 pub use access::{Accessed, Operation, Policy};
+pub use atomic::{AtomicOperation, AtomicWord};
 pub use counters::Counters;
 pub use describe::{Capabilities, Description, Form, PciAddress, Source};
 pub use device::Device;

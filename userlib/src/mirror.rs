@@ -67,7 +67,7 @@ impl fmt::Display for MirrorInfo {
 
 /// An entry of a device page table, as the device sees it.
 ///
-/// Shown as `VRAM 0x5000, writable`, `system memory`, `nothing` or `nothing, requested`.
+/// Shown as `VRAM 0x5000, writable`, `system memory`, `system memory, exclusive`, `nothing` or `nothing, requested`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TableEntry(u64);
 
@@ -97,6 +97,11 @@ impl TableEntry {
         self.is_valid() && self.0 & uapi::HMM_GPU_PTE_SYSTEM != 0
     }
 
+    /// Whether the device has the page to itself, in system memory: it may do atomic operations on it.
+    pub fn is_exclusive(self) -> bool {
+        self.is_valid() && self.0 & uapi::HMM_GPU_PTE_EXCLUSIVE != 0
+    }
+
     /// Whether the device has noted that it wants the page, in an entry that maps nothing.
     pub fn is_requested(self) -> bool {
         !self.is_valid() && self.0 & uapi::HMM_GPU_PTE_REQUESTED != 0
@@ -118,6 +123,9 @@ impl fmt::Display for TableEntry {
         }
         if self.is_writable() {
             f.write_str(", writable")?;
+        }
+        if self.is_exclusive() {
+            f.write_str(", exclusive")?;
         }
         Ok(())
     }
@@ -159,8 +167,9 @@ mod tests {
     #[test]
     fn an_entry_says_where_its_page_is() {
         use uapi::{
-            HMM_GPU_PTE_REQUESTED as REQUESTED, HMM_GPU_PTE_SYSTEM as SYSTEM,
-            HMM_GPU_PTE_VALID as VALID, HMM_GPU_PTE_WRITABLE as WRITABLE,
+            HMM_GPU_PTE_EXCLUSIVE as EXCLUSIVE, HMM_GPU_PTE_REQUESTED as REQUESTED,
+            HMM_GPU_PTE_SYSTEM as SYSTEM, HMM_GPU_PTE_VALID as VALID,
+            HMM_GPU_PTE_WRITABLE as WRITABLE,
         };
         let shown = |bits| TableEntry::from_bits(bits).to_string();
         assert_eq!(shown(0), "nothing");
@@ -169,10 +178,15 @@ mod tests {
         assert_eq!(shown(VALID | WRITABLE), "VRAM 0x0, writable");
         assert_eq!(shown(VALID | SYSTEM), "system memory");
         assert_eq!(shown(VALID | SYSTEM | WRITABLE), "system memory, writable");
+        assert_eq!(
+            shown(VALID | SYSTEM | EXCLUSIVE),
+            "system memory, exclusive"
+        );
         // Without VALID nothing else of an entry means anything but that it was asked for.
-        let invalid = TableEntry::from_bits(0x5000 | WRITABLE | SYSTEM);
+        let invalid = TableEntry::from_bits(0x5000 | WRITABLE | SYSTEM | EXCLUSIVE);
         assert_eq!(invalid.vram_offset(), None);
         assert!(!invalid.is_writable() && !invalid.is_system() && !invalid.is_requested());
+        assert!(!invalid.is_exclusive());
         // The offset is neither the flags below it nor what may come above it.
         let all = TableEntry::from_bits(u64::MAX & !SYSTEM);
         assert_eq!(all.vram_offset(), Some(0x000f_ffff_ffff_f000));

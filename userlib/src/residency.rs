@@ -9,7 +9,8 @@ use crate::uapi;
 /// Where a page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Place {
-    /// Nowhere: nothing is mapped, or it was never touched, or it is swapped out, or it may not be read.
+    /// Nowhere: nothing is mapped, or it was never touched, or it is swapped out, or it may not be read, or a device has it to
+    /// itself.
     None,
     /// In system memory.
     System,

@@ -22,6 +22,8 @@ pub struct SnapshotPage(u64);
 pub struct Mirrored {
     /// The device may write to it.
     pub writable: bool,
+    /// The device has the page to itself, in system memory: then it is at no [`Place`], since no CPU has it.
+    pub exclusive: bool,
     /// The entry is for the very page that is there. A driver that keeps its word has no other entries.
     pub current: bool,
 }
@@ -88,6 +90,7 @@ impl SnapshotPage {
     pub fn mirrored(self) -> Option<Mirrored> {
         self.has(uapi::HMM_GPU_SNAPSHOT_MIRRORED).then(|| Mirrored {
             writable: self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_WRITABLE),
+            exclusive: self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_EXCLUSIVE),
             current: self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_CURRENT),
         })
     }
@@ -113,6 +116,9 @@ impl fmt::Display for SnapshotPage {
             f.write_str(", mirrored")?;
             if mirrored.writable {
                 f.write_str(" writable")?;
+            }
+            if mirrored.exclusive {
+                f.write_str(" exclusive")?;
             }
             if !mirrored.current {
                 f.write_str(" but stale")?;
@@ -258,7 +264,7 @@ mod tests {
     use proptest::prelude::*;
     use uapi::{
         HMM_GPU_SNAPSHOT_DEVICE as DEVICE, HMM_GPU_SNAPSHOT_MIRRORED as MIRRORED,
-        HMM_GPU_SNAPSHOT_MIRROR_CURRENT as CURRENT,
+        HMM_GPU_SNAPSHOT_MIRROR_CURRENT as CURRENT, HMM_GPU_SNAPSHOT_MIRROR_EXCLUSIVE as EXCLUSIVE,
         HMM_GPU_SNAPSHOT_MIRROR_WRITABLE as MIRROR_WRITABLE,
         HMM_GPU_SNAPSHOT_OTHER_DEVICE as OTHER_DEVICE, HMM_GPU_SNAPSHOT_VALID as VALID,
         HMM_GPU_SNAPSHOT_WRITABLE as WRITABLE, HMM_GPU_SNAPSHOT_ZERO as ZERO,
@@ -280,6 +286,10 @@ mod tests {
         assert_eq!(
             shown(VALID | OTHER_DEVICE | MIRRORED | CURRENT),
             "VRAM of another device, mirrored"
+        );
+        assert_eq!(
+            shown(MIRRORED | EXCLUSIVE | CURRENT),
+            "nowhere, mirrored exclusive"
         );
         // What no driver should ever say is said all the same.
         assert_eq!(shown(MIRRORED), "nowhere, mirrored but stale");
@@ -327,12 +337,12 @@ mod tests {
         fn what_is_put_into_a_word_comes_out_of_it(
             place in prop::sample::select(&Place::ALL[..]),
             (writable, zero) in any::<(bool, bool)>(),
-            mirrored in prop::option::of(any::<(bool, bool)>()),
+            mirrored in prop::option::of(any::<(bool, bool, bool)>()),
             order in 0u32..32,
             vram_page in 0u64..1 << 44,
         ) {
             let bit = |set: bool, bit: u64| if set { bit } else { 0 };
-            let (mirror_writable, current) = mirrored.unwrap_or_default();
+            let (mirror_writable, exclusive, current) = mirrored.unwrap_or_default();
             let there = place != Place::None;
             let word = bit(there, VALID)
                 | bit(there && writable, WRITABLE)
@@ -341,6 +351,7 @@ mod tests {
                 | bit(place == Place::OtherDevice, OTHER_DEVICE)
                 | bit(mirrored.is_some(), MIRRORED)
                 | bit(mirror_writable, MIRROR_WRITABLE)
+                | bit(exclusive, EXCLUSIVE)
                 | bit(current, CURRENT)
                 | (u64::from(order) << uapi::HMM_GPU_SNAPSHOT_ORDER_SHIFT);
             let page = SnapshotPage::from_uapi(word).unwrap();
@@ -350,7 +361,11 @@ mod tests {
             prop_assert_eq!(page.is_zero_page(), there && zero);
             prop_assert_eq!(page.order(), order);
             prop_assert_eq!(page.vram_page(), (place == Place::Device).then_some(vram_page));
-            let expected = mirrored.map(|(writable, current)| Mirrored { writable, current });
+            let expected = mirrored.map(|(writable, exclusive, current)| Mirrored {
+                writable,
+                exclusive,
+                current,
+            });
             prop_assert_eq!(page.mirrored(), expected);
             let residency = Snapshot::from_uapi(0, &[word]).unwrap().residency();
             let same = residency.pages()[0];

@@ -5,6 +5,7 @@
 //! driver's own error.
 
 mod access;
+mod atomic;
 pub(crate) mod mapping;
 
 use std::ffi::c_void;
@@ -15,7 +16,7 @@ use rustix::fs::{self, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
 
-use crate::uapi;
+use crate::{uapi, AtomicWord};
 
 /// An open file on `/dev/hmm_gpuN`.
 ///
@@ -244,6 +245,34 @@ impl File {
             self.call(
                 uapi::HMM_GPU_SNAPSHOT,
                 (argument as *mut uapi::hmm_gpu_snapshot).cast(),
+            )
+        }
+    }
+
+    /// `ATOMIC` on a word: `addr` of the argument is set here, and `bytes`.
+    pub fn atomic_word<W: AtomicWord>(
+        &self,
+        argument: &mut uapi::hmm_gpu_atomic,
+        word: &W,
+    ) -> Result<(), Errno> {
+        argument.addr = std::ptr::from_ref(word) as u64;
+        argument.bytes = W::BYTES;
+        // SAFETY: the word, all of it, is shared by who changes it atomically, and any bits are a value of it.
+        unsafe { self.atomic(argument) }
+    }
+
+    /// `ATOMIC` as it is.
+    ///
+    /// # Safety
+    ///
+    /// The `bytes` bytes at `addr` must be this process's to change, in one piece, to what the argument says. An address that
+    /// cannot be written is safe: the driver answers an error.
+    pub unsafe fn atomic(&self, argument: &mut uapi::hmm_gpu_atomic) -> Result<(), Errno> {
+        // SAFETY: as in `query`, and for the rest the caller's promise.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_ATOMIC,
+                (argument as *mut uapi::hmm_gpu_atomic).cast(),
             )
         }
     }

@@ -60,6 +60,10 @@ fn every_call_is(device: &Device, expected: Errno, moving: Span) {
         let (result, _) = mirror::try_fault(device, &mut faults, policy);
         assert_eq!(result, Err(expected));
     }
+    for policy in [mirror::MAP, mirror::MIGRATE, mirror::NONE] {
+        let ended = mirror::atomic(device, moving.addr, 8, uapi::HMM_GPU_ATOMIC_ADD, 1, policy);
+        assert_eq!(ended.result, Err(expected));
+    }
     assert_eq!(mirror::try_snapshot(device, moving), Err(expected));
     let mut argument = hmm_gpu_mirror::default();
     let table = mirror::call(device, uapi::HMM_GPU_MIRROR, &mut argument);

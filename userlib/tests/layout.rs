@@ -6,8 +6,8 @@
 use std::mem::offset_of;
 
 use hmm_gpu::uapi::{
-    hmm_gpu_access, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_migrate,
-    hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+    hmm_gpu_access, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault,
+    hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
 };
 
 /// Asserts where each field begins. Fields follow each other without gaps, so this fixes their sizes too.
@@ -43,15 +43,16 @@ fn residency_is_as_version_1_fixed_it() {
         addr at 0, len at 8, bytes_ptr at 16, flags at 24, reserved at 32);
 }
 
-/// Version 2 put six fields where version 1 had six reserved words.
+/// Version 2 put six fields where version 1 had six reserved words; version 3 has five more.
 #[test]
-fn counters_are_as_versions_1_and_2_fixed_them() {
-    layout!(hmm_gpu_counters: 160 bytes,
+fn counters_are_as_versions_1_to_3_fixed_them() {
+    layout!(hmm_gpu_counters: 200 bytes,
         flags at 0, live_pages at 8, allocated_pages at 16, freed_pages at 24, to_device_pages at 32,
         populated_pages at 40, to_system_pages at 48, fault_back_pages at 56, evicted_pages at 64, cpu_faults at 72,
         cpu_fault_retries at 80, skipped_pages at 88, vram_failures at 96, system_failures at 104,
         device_faults at 112, mapped_pages at 120, invalidations at 128, table_pages at 136, device_read_bytes at 144,
-        device_written_bytes at 152);
+        device_written_bytes at 152, from_other_pages at 160, to_other_pages at 168, large_to_device at 176,
+        large_to_system at 184, large_failures at 192);
 }
 
 #[test]
@@ -79,4 +80,11 @@ fn fault_is_as_version_2_fixed_it() {
 fn snapshot_is_as_version_2_fixed_it() {
     layout!(hmm_gpu_snapshot: 48 bytes,
         addr at 0, len at 8, entries_ptr at 16, flags at 24, reserved at 32);
+}
+
+#[test]
+fn atomic_is_as_version_3_fixed_it() {
+    layout!(hmm_gpu_atomic: 80 bytes,
+        addr at 0, operand at 8, compare at 16, old at 24, op at 32, bytes at 36, policy at 40, flags at 44, faults at 48,
+        reserved at 56);
 }

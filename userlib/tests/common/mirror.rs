@@ -4,7 +4,8 @@ use std::ffi::c_void;
 use std::fmt;
 
 use hmm_gpu::uapi::{
-    self, hmm_gpu_access, hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_mirror, hmm_gpu_snapshot,
+    self, hmm_gpu_access, hmm_gpu_atomic, hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_mirror,
+    hmm_gpu_snapshot,
 };
 use hmm_gpu::{Device, Errno};
 
@@ -130,6 +131,38 @@ pub fn copy(device: &Device, from: usize, to: usize, len: usize, policy: u32) ->
             ..Default::default()
         },
     )
+}
+
+/// How an atomic operation of the device ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndedAtomic {
+    /// What the word was before.
+    pub result: Result<u64, Errno>,
+    pub faults: u64,
+}
+
+/// The device does an atomic operation with one operand on the `bytes` bytes at `addr`.
+pub fn atomic(
+    device: &Device,
+    addr: usize,
+    bytes: u32,
+    op: u32,
+    operand: u64,
+    policy: u32,
+) -> EndedAtomic {
+    let mut argument = hmm_gpu_atomic {
+        addr: addr as u64,
+        operand,
+        op,
+        bytes,
+        policy,
+        ..Default::default()
+    };
+    let result = call(device, uapi::HMM_GPU_ATOMIC, &mut argument);
+    EndedAtomic {
+        result: result.map(|()| argument.old),
+        faults: argument.faults,
+    }
 }
 
 /// What the device reads in a span, where it lies.
@@ -292,6 +325,11 @@ impl Seen {
         self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_WRITABLE)
     }
 
+    /// The device has it to itself.
+    pub fn is_exclusive(self) -> bool {
+        self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_EXCLUSIVE)
+    }
+
     /// The map order.
     pub fn order(self) -> u64 {
         (self.0 >> uapi::HMM_GPU_SNAPSHOT_ORDER_SHIFT) & uapi::HMM_GPU_SNAPSHOT_ORDER_MASK
@@ -306,11 +344,14 @@ impl Seen {
     /// What must be true of any page at any time.
     fn is_possible(self) -> bool {
         let known = 0xff
+            | uapi::HMM_GPU_SNAPSHOT_MIRROR_EXCLUSIVE
             | (uapi::HMM_GPU_SNAPSHOT_ORDER_MASK << uapi::HMM_GPU_SNAPSHOT_ORDER_SHIFT)
             | (u64::MAX << uapi::HMM_GPU_SNAPSHOT_PAGE_SHIFT);
         let implies = |this: bool, that: bool| !this || that;
         self.0 & !known == 0
-            && implies(self.0 != 0, self.is_valid())
+            && implies(self.0 != 0, self.is_valid() || self.is_exclusive())
+            // No CPU has what a device has to itself.
+            && implies(self.is_exclusive(), self.is_mirrored() && !self.is_valid())
             && !(self.is_on_device() && self.is_on_other_device())
             // An entry is for the very page that is there. What is on another device cannot be reached.
             && self.is_mirrored() == self.has(uapi::HMM_GPU_SNAPSHOT_MIRROR_CURRENT)
@@ -338,6 +379,9 @@ impl fmt::Debug for Seen {
             if self.has(1 << bit) {
                 write!(f, " {name}")?;
             }
+        }
+        if self.is_exclusive() {
+            write!(f, " mirror-exclusive")?;
         }
         write!(f, ")")
     }
