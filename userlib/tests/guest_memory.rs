@@ -5,17 +5,15 @@
 
 mod common;
 
-use std::fs;
 use std::time::{Duration, Instant};
 
 use common::driver::{Driver, GPUS};
 use common::kernel::Log;
-use common::memory::{last_errno, Area, PAGE};
+use common::memory::{Area, PAGE};
+use common::node::{self, Bound};
 use common::{assert_place, to_device, to_system};
 use hmm_gpu::{Errno, Place, Target};
 
-const NODE: &str = "/sys/devices/system/node/node1";
-static NODE_MASK: u64 = 1 << 1;
 const PAGES: usize = (160 << 20) / PAGE;
 
 /// A node with little free memory.
@@ -26,53 +24,17 @@ impl Shortage {
     fn leave(mib: usize) -> Self {
         let shortage = Self;
         // Huge pages, which nothing else can have: as many as there are.
-        Self::reserve(100_000);
-        let all = Self::number("hugepages/hugepages-2048kB/nr_hugepages", "");
-        let free = Self::number("meminfo", "Node 1 MemFree:") / 1024;
+        let all = node::reserve(100_000);
+        let free = node::free_mib();
         assert!(free < (PAGES * PAGE) >> 20, "{free} MiB are still free");
-        Self::reserve(all - mib.saturating_sub(free) / 2);
+        node::reserve(all - mib.saturating_sub(free) / 2);
         shortage
-    }
-
-    fn reserve(pages: usize) {
-        let file = format!("{NODE}/hugepages/hugepages-2048kB/nr_hugepages");
-        fs::write(file, pages.to_string()).expect("the guest needs numa=fake=2");
-    }
-
-    fn number(file: &str, name: &str) -> usize {
-        let text = fs::read_to_string(format!("{NODE}/{file}")).unwrap();
-        let mut lines = text.lines();
-        let number = lines.find_map(|line| line.strip_prefix(name)).unwrap();
-        let number = number.split_whitespace().next().unwrap();
-        number.parse().unwrap()
     }
 }
 
 impl Drop for Shortage {
     fn drop(&mut self) {
-        Self::reserve(0);
-    }
-}
-
-/// This thread gets memory from the node, and from no other, until it is dropped.
-struct Bound;
-
-impl Bound {
-    fn to_node() -> Self {
-        Self::policy(libc::MPOL_BIND, &raw const NODE_MASK, 64);
-        Self
-    }
-
-    fn policy(mode: libc::c_int, nodes: *const u64, bits: usize) {
-        // SAFETY: the mask has as many bits, or is null.
-        let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, nodes, bits) };
-        assert_eq!(result, 0, "{}", last_errno());
-    }
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        Self::policy(libc::MPOL_DEFAULT, std::ptr::null(), 0);
+        node::reserve(0);
     }
 }
 

@@ -9,13 +9,16 @@
 pub mod bar;
 pub mod child;
 pub mod driver;
+pub mod huge;
 pub mod inject;
 pub mod kernel;
 pub mod memory;
 pub mod mirror;
 pub mod misuse;
+pub mod node;
 pub mod random;
 pub mod swap;
+pub mod turmoil;
 pub mod uring;
 pub mod userfault;
 

@@ -65,7 +65,7 @@ struct Submission {
     rest: [u32; 5],
 }
 
-/// A ring with one registered buffer.
+/// A ring with registered buffers. What is read and written is in the first.
 pub struct Ring {
     fd: OwnedFd,
     rings: Span,
@@ -77,6 +77,12 @@ impl Ring {
     /// Makes a ring, and registers a span as its buffer.
     #[track_caller]
     pub fn with_buffer(span: Span) -> Self {
+        Self::with_buffers(&[span])
+    }
+
+    /// Makes a ring, and registers spans as its buffers.
+    #[track_caller]
+    pub fn with_buffers(spans: &[Span]) -> Self {
         let mut parameters = Parameters::default();
         let asked = std::ptr::from_mut(&mut parameters);
         // SAFETY: the structure is as long.
@@ -101,15 +107,16 @@ impl Ring {
             entries,
             parameters,
         };
-        let piece = libc::iovec {
+        let piece = |span: &Span| libc::iovec {
             iov_base: span.addr as *mut _,
             iov_len: span.bytes(),
         };
-        ring.register(REGISTER_BUFFERS, &raw const piece, 1);
+        let pieces: Vec<_> = spans.iter().map(piece).collect();
+        ring.register(REGISTER_BUFFERS, pieces.as_ptr(), pieces.len() as u32);
         ring
     }
 
-    /// Lets the buffer go.
+    /// Lets the buffers go.
     #[track_caller]
     pub fn unregister(&self) {
         self.register(UNREGISTER_BUFFERS, std::ptr::null(), 0);

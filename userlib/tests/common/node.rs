@@ -1,0 +1,128 @@
+//! A node of memory that can be used up, or broken up, without harm to the rest: the guest's memory is made to look like that of two
+//! (`numa=fake=2`).
+
+use std::collections::HashSet;
+use std::fs;
+
+use super::kernel::{self, Entry};
+use super::memory::{last_errno, Area, HUGE};
+use super::uring::Ring;
+
+const NODE: &str = "/sys/devices/system/node/node1";
+static NODE_MASK: u64 = 1 << 1;
+
+/// Keeps so many huge pages of the node from everybody, or as many as there are. Returns how many that is.
+pub fn reserve(pages: usize) -> usize {
+    let file = format!("{NODE}/hugepages/hugepages-2048kB/nr_hugepages");
+    fs::write(file, pages.to_string()).expect("the guest needs numa=fake=2");
+    number("hugepages/hugepages-2048kB/nr_hugepages", "")
+}
+
+/// MiB of the node that are free.
+pub fn free_mib() -> usize {
+    number("meminfo", "Node 1 MemFree:") / 1024
+}
+
+fn number(file: &str, name: &str) -> usize {
+    let text = fs::read_to_string(format!("{NODE}/{file}")).unwrap();
+    let mut lines = text.lines();
+    let number = lines.find_map(|line| line.strip_prefix(name)).unwrap();
+    let number = number.split_whitespace().next().unwrap();
+    number.parse().unwrap()
+}
+
+/// Pieces of 2 MiB and more of the node that are free.
+fn large_pieces() -> usize {
+    let text = fs::read_to_string("/proc/buddyinfo").unwrap();
+    let zones = text.lines().filter(|line| line.starts_with("Node 1,"));
+    let pieces = |line: &str| -> usize {
+        // Behind the zone's name: how many there are of 4 KiB, 8 KiB, 16 KiB…
+        let sizes = line.split_whitespace().skip(4 + 9);
+        sizes.map(|count| count.parse::<usize>().unwrap()).sum()
+    };
+    zones.map(pieces).sum()
+}
+
+/// This thread, and those that it makes, get memory from the node, and from no other, until it is dropped.
+pub struct Bound;
+
+impl Bound {
+    pub fn to_node() -> Self {
+        Self::policy(libc::MPOL_BIND, &raw const NODE_MASK, 64);
+        Self
+    }
+
+    fn policy(mode: libc::c_int, nodes: *const u64, bits: usize) {
+        // SAFETY: the mask has as many bits, or is null.
+        let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, nodes, bits) };
+        assert_eq!(result, 0, "{}", last_errno());
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        Self::policy(libc::MPOL_DEFAULT, std::ptr::null(), 0);
+    }
+}
+
+/// The node's memory in pieces, until it is dropped: more than 200 MiB are free, and nowhere 2 MiB in one.
+pub struct Fragments {
+    pins: Ring,
+    _area: Area,
+}
+
+impl Fragments {
+    #[track_caller]
+    pub fn new() -> Self {
+        const BLOCKS: usize = 170;
+        // The kernel does not let go of less, and would rather kill.
+        const LEFT_MIB: usize = 70;
+
+        let all = reserve(100_000);
+        reserve(all - BLOCKS);
+        let area = Area::new(BLOCKS * HUGE);
+        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
+        let bound = Bound::to_node();
+        let mut populated = 0;
+        while populated < area.pages && free_mib() > LEFT_MIB {
+            let part = area.part(populated, HUGE);
+            part.advise(libc::MADV_POPULATE_WRITE).unwrap();
+            populated += HUGE;
+        }
+        drop(bound);
+        // One page of each 2 MiB that it has any of cannot be moved or freed. All others are given back.
+        let mut blocks = HashSet::new();
+        let mut kept = vec![];
+        let mut given_back = 0;
+        let entries = kernel::pagemap(std::process::id(), area.addr, populated);
+        for (i, entry) in entries.into_iter().enumerate() {
+            let Entry::Present { pfn } = entry else {
+                panic!("page {i} is {entry:?}");
+            };
+            if blocks.insert(pfn / HUGE as u64) {
+                kept.push((i, area.page(i)));
+            }
+        }
+        let spans: Vec<_> = kept.iter().map(|(_, page)| *page).collect();
+        let pins = Ring::with_buffers(&spans);
+        for (i, _) in kept.into_iter().chain([(populated, *area)]) {
+            if i > given_back {
+                let rest = area.part(given_back, i - given_back);
+                rest.advise(libc::MADV_DONTNEED).unwrap();
+            }
+            given_back = i + 1;
+        }
+        // What is whole.
+        reserve(100_000);
+        assert_eq!(large_pieces(), 0, "pieces of 2 MiB");
+        assert!(free_mib() > 200, "only {} MiB are free", free_mib());
+        Self { pins, _area: area }
+    }
+}
+
+impl Drop for Fragments {
+    fn drop(&mut self) {
+        self.pins.unregister();
+        reserve(0);
+    }
+}
