@@ -196,10 +196,13 @@ fn patch_4_pages_in_vram_are_device_private() {
 fn patch_5_a_probe_that_fails_at_any_step_leaves_nothing() {
     let gpu = GPUS[0];
     let enabled = || fs::read_to_string(format!("/sys/bus/pci/devices/{gpu}/enable")).unwrap();
+    let bars = Resource::of_device(gpu);
+    let bar = bars.iter().max_by_key(|bar| bar.bytes()).unwrap();
+    let of_bar = format!("phys={:#018x}", bar.start);
     let mappings = || {
         let text = fs::read_to_string("/proc/vmallocinfo").unwrap();
         text.lines()
-            .filter(|line| line.contains("[hmm_gpu]") || line.contains("phys=0x00000000d"))
+            .filter(|line| line.contains("[hmm_gpu]") || line.contains(&of_bar))
             .count()
     };
     for parameters in ["", "add_resource=1"] {
