@@ -5,7 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{hmm::PAGE_BYTES, sys::mapping::Mapping};
+use crate::{hmm::PAGE_BYTES, sys::mapping::Mapping, vram::Vram};
 use kernel::{
     prelude::*,
     sync::atomic::{Atomic, Relaxed},
@@ -36,7 +36,7 @@ impl Poison {
     }
 
     /// Everything that is free must be as it was left, on device `unit`.
-    pub(crate) fn check_all(&self, vram: &Mapping, unit: u32) {
+    pub(crate) fn check_all(&self, vram: &Vram, unit: u32) {
         for page in 0..self.filled.len() {
             self.check(vram, unit, page, 0);
         }
@@ -58,8 +58,8 @@ impl Poison {
     }
 
     /// The `1 << order` pages from `index` on, of device `unit`, are no longer free: they must be as
-    /// they were left.
-    pub(crate) fn check(&self, vram: &Mapping, unit: u32, index: usize, order: u32) {
+    /// they were left. A device that is gone has none.
+    pub(crate) fn check(&self, vram: &Vram, unit: u32, index: usize, order: u32) {
         for (page, filled) in self.pages(index, order) {
             if !filled.load(Relaxed) {
                 continue;
@@ -69,6 +69,9 @@ impl Poison {
                 let place = page * PAGE_BYTES + offset;
                 if let Ok(found) = vram.read_u64(place) {
                     if found != WORD {
+                        if vram.is_gone() {
+                            return;
+                        }
                         pr_err!(
                             "BUG: hmm_gpu{}: VRAM at {:#x} was written to while it was free: {:#x}\n",
                             unit,
