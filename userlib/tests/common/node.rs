@@ -74,10 +74,12 @@ pub struct Fragments {
 impl Fragments {
     #[track_caller]
     pub fn new() -> Self {
-        const BLOCKS: usize = 170;
-        // The kernel does not let go of less, and would rather kill.
-        const LEFT_MIB: usize = 70;
+        const BLOCKS: usize = 200;
+        // The kernel keeps less than that for itself, and would rather kill. But it keeps more for a while when it had to break up
+        // what is large, unless it is told not to.
+        const LEFT_MIB: usize = 120;
 
+        fs::write("/proc/sys/vm/watermark_boost_factor", "0").unwrap();
         let all = reserve(100_000);
         reserve(all - BLOCKS);
         let area = Area::new(BLOCKS * HUGE);
