@@ -18,7 +18,7 @@ use common::mirror::{
 use common::misuse::user_end;
 use common::random::Random;
 use common::swap::{reclaim, Swap};
-use common::to_device;
+use common::{rounds, to_device, Stop};
 use hmm_gpu::uapi::{
     self, hmm_gpu_atomic, HMM_GPU_ATOMIC_ADD as ADD, HMM_GPU_ATOMIC_AND as AND,
     HMM_GPU_ATOMIC_CMPXCHG as CMPXCHG, HMM_GPU_ATOMIC_OR as OR, HMM_GPU_ATOMIC_XCHG as XCHG,
@@ -769,7 +769,7 @@ fn act(actor: Actor<'_>, id: usize, area: Span, stop: &AtomicBool, steps: &Atomi
     let mut done = Done {
         sums: vec![0; words],
         narrow_sums: vec![0; words],
-        token: 1 << 40 | id as u64,
+        token: (1 << 40) | id as u64,
         steps: 0,
     };
     let flag = 1 << id;
@@ -836,6 +836,7 @@ fn no_update_is_lost_whatever_goes_on() {
         Actor::Device(other),
     ];
     let steps: [AtomicU64; 5] = Default::default();
+    let least = rounds(300) as u64;
     let stop = AtomicBool::new(false);
     let running = || !stop.load(Ordering::Relaxed);
     let pause = || std::thread::sleep(Duration::from_millis(3));
@@ -899,12 +900,13 @@ fn no_update_is_lost_whatever_goes_on() {
             .enumerate()
             .map(|(id, (actor, steps))| scope.spawn(move || act(*actor, id, span, stop, steps)))
             .collect();
+        let stop = Stop(stop);
         // As long as it takes, on a machine that is slow.
         let begun = Instant::now();
         let enough = || {
             steps
                 .iter()
-                .all(|steps| steps.load(Ordering::Relaxed) >= 300)
+                .all(|steps| steps.load(Ordering::Relaxed) >= least)
         };
         while begun.elapsed() < TURMOIL || (!enough() && begun.elapsed() < 15 * TURMOIL) {
             if threads.iter().any(|thread| thread.is_finished()) {
@@ -912,7 +914,7 @@ fn no_update_is_lost_whatever_goes_on() {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stop);
         let done = threads.into_iter().map(|thread| thread.join().unwrap());
         done.collect()
     });
@@ -921,7 +923,7 @@ fn no_update_is_lost_whatever_goes_on() {
         "steps {counts:?}, {} times busy",
         BUSY.load(Ordering::Relaxed)
     );
-    assert!(counts.iter().all(|&steps| steps >= 300), "{counts:?}");
+    assert!(counts.iter().all(|&steps| steps >= least), "{counts:?}");
 
     let mut found = vec![];
     for which in 0..PAGES * WORDS {
@@ -938,7 +940,7 @@ fn no_update_is_lost_whatever_goes_on() {
         model[at(TOKENS)] = token;
     }
     found.extend(done.iter().map(|done| done.token));
-    tokens.extend((0..actors.len()).map(|id| 1 << 40 | id as u64));
+    tokens.extend((0..actors.len()).map(|id| (1 << 40) | id as u64));
     found.sort_unstable();
     assert_eq!(found, tokens, "each token is at one place");
     cpu_check("after all", *area, bytemuck::cast_slice(&model));
@@ -1096,13 +1098,15 @@ fn pages_that_go_while_a_device_has_them_are_changed_no_more() {
                 seed += 1;
             }
         });
+        let stop = Stop(&stop);
         std::thread::sleep(TURMOIL);
-        stop.store(true, Ordering::Relaxed);
+        drop(stop);
         let done = adders.into_iter().map(|adder| adder.join().unwrap());
         done.collect()
     });
     println!("{done:?}");
-    assert!(done.iter().all(|&done| done > 20), "{done:?}");
+    let least = rounds(20) as u64;
+    assert!(done.iter().all(|&done| done > least), "{done:?}");
     // What is left on each page is one word.
     for page in 0..PAGES {
         let page = area.page(page);
@@ -1179,7 +1183,7 @@ fn unbind_under_operations_loses_none() {
     let mut driver = Driver::load("soft=0");
     let area = Area::filled(8, 1);
     let mut model = area.pattern(1);
-    for _ in 0..6 {
+    for _ in 0..rounds(6) {
         let device = driver.bind(GPUS[1]);
         let twin = Device::open_path(device.path()).unwrap();
         to_device(&device, area.part(0, 4));
@@ -1226,7 +1230,7 @@ fn unbind_under_operations_loses_none() {
 fn a_killed_process_leaves_nothing() {
     on_each_kind(|device| {
         let path = device.path();
-        for _ in 0..5 {
+        for _ in 0..rounds(5) {
             let mut child = Child::fork(|parent| {
                 let own = Device::open_path(path).unwrap();
                 let area = Area::filled(32, 1);

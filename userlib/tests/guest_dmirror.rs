@@ -18,7 +18,7 @@ use common::memory::{errno, last_errno, Area, Span, PAGE};
 use common::mirror::{device_check, device_fill, table, try_snapshot};
 use common::misuse::user_end;
 use common::random::Random;
-use common::{eventually, places, to_device, to_system};
+use common::{eventually, places, rounds, to_device, to_system, Stop};
 use hmm_gpu::uapi;
 use hmm_gpu::{Capabilities, Device, Errno, Place, Policy, Target};
 
@@ -262,7 +262,7 @@ fn a_mapping_of_an_endpoint_leaves_nothing() {
     let device = Device::open(0).unwrap();
     let fd = endpoint.0.as_raw_fd();
     let before = free_bytes();
-    for round in 0..12 {
+    for round in 0..rounds(12) {
         let area = Area::new(PAGES);
         let sharing = [libc::MAP_SHARED, libc::MAP_PRIVATE][round % 2];
         area.map_over(RW, sharing, fd);
@@ -315,7 +315,8 @@ fn release_while_others_use_the_device() {
             }
             let (endpoint, area) = (Endpoint::open(unit), Area::filled(8, 3));
             let mut released = 0;
-            for _ in 0..40 {
+            let stop = Stop(&stop);
+            for _ in 0..rounds(40) {
                 to_device_of(unit, device, *area);
                 match endpoint.ask(RELEASE, *area, 0) {
                     Ok(_) => released += 1,
@@ -323,7 +324,7 @@ fn release_while_others_use_the_device() {
                 }
                 area.check(3);
             }
-            stop.store(true, Ordering::Relaxed);
+            drop(stop);
             assert!(released > 0);
         });
         assert_empty(device);
@@ -595,9 +596,10 @@ fn coherent_pages_that_others_hold_survive_unbind() {
                 }
                 rounds
             });
+            let stop = Stop(stop);
             std::thread::sleep(Duration::from_millis(50));
             driver.unbind(GPUS[0]);
-            stop.store(true, Ordering::Relaxed);
+            drop(stop);
             assert!(reader.join().unwrap() > 0);
         });
         area.check(round);
