@@ -118,7 +118,8 @@ fn memory_of_every_kind_is_accessed_where_it_lies() {
             both_check(device, private.part(5, 10), 9);
             both_check(device, private.part(0, 5), 4);
             // What was written is the process's own, and moves.
-            let asked = to_device(device, *private);
+            let asked = device.prefetch_range(private.addr, private.bytes(), Target::Device);
+            let asked = asked.unwrap();
             assert_eq!(asked.moved + asked.already, (10 * PAGE) as u64);
             assert_eq!(asked.skipped, ((PAGES - 10) * PAGE) as u64);
             both_check(device, private.part(5, 10), 9);
