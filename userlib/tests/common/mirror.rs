@@ -67,8 +67,15 @@ impl Ended {
     }
 }
 
-fn access(device: &Device, mut argument: hmm_gpu_access) -> Ended {
-    let result = call(device, uapi::HMM_GPU_ACCESS, &mut argument);
+fn access(device: &Device, wanted: hmm_gpu_access) -> Ended {
+    let (result, argument) = loop {
+        let mut argument = wanted;
+        let result = call(device, uapi::HMM_GPU_ACCESS, &mut argument);
+        // What io_uring has left to do in this task is a signal too.
+        if result != Err(Errno::INTR) || argument.done_bytes != 0 {
+            break (result, argument);
+        }
+    };
     Ended {
         result,
         done: argument.done_bytes as usize,
