@@ -10,11 +10,12 @@ use crate::{
     counters::Counters,
     fail::Step,
     hmm::{
+        folio::{Effort, SystemFolio},
         migrate::{Collected, Entries, Fault, FaultOutcome},
         pagemap::{Form, Kind, Ops, Owner, PageMap},
         PAGE_BYTES,
     },
-    migration::{move_to_system, Cause, Scratch, BATCH},
+    migration::{move_to_system, new_folio, Cause, Scratch, BATCH},
     sleep::Sleep,
     split::{split_all, Splitter},
     uapi,
@@ -157,15 +158,22 @@ impl Ops for DeviceMemory {
         let memory = map.data();
         memory.counters.cpu_faults.add(1);
         if fault.order() == 0 {
-            let outcome = fault_back(map, &fault, Entries::new(&mut [0], &mut [0]));
+            let outcome = fault_back(map, &fault, Entries::new(&mut [0], &mut [0]), None);
             return outcome.unwrap_or(FaultOutcome::Retry);
         }
         if !memory.splitter.is_busy() {
             let Ok(mut scratch) = Scratch::new() else {
                 return FaultOutcome::NoMemory;
             };
-            if let Some(outcome) = fault_back(map, &fault, scratch.entries()) {
-                return outcome;
+            // First: what cannot move had better not be collected, which unmaps it everywhere.
+            match new_folio(fault.order(), Effort::PageFault) {
+                Ok(spare) => {
+                    let outcome = fault_back(map, &fault, scratch.entries(), Some(spare));
+                    if let Some(outcome) = outcome {
+                        return outcome;
+                    }
+                }
+                Err(_) => memory.counters.large_failures.add(1),
             }
             if let Some(index) = fault.index(map) {
                 memory.splitter.split_later(fault.mm(), index);
@@ -223,13 +231,14 @@ fn fault_back<'a>(
     map: &PageMap<DeviceMemory>,
     fault: &Fault<'a, DeviceMemory>,
     entries: Entries<'a>,
+    spare: Option<SystemFolio>,
 ) -> Option<FaultOutcome> {
     let memory = map.data();
     let Ok(collected) = fault.collect(entries) else {
         // The kernel says this of a mapping that could not have had the page in the first place.
         return Some(FaultOutcome::Lost);
     };
-    let outcome = move_to_system(collected, Cause::Fault, &mut []);
+    let outcome = move_to_system(collected, Cause::Fault, &mut [], spare);
     if outcome.without_memory.is_some() {
         return Some(FaultOutcome::NoMemory);
     }
@@ -257,7 +266,7 @@ pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
     let (mut moved, mut stuck, mut from) = (0, 0, 0);
     while map.live_folios(from).next().is_some() {
         let (collected, next) = Collected::live(map, from, scratch.entries());
-        let outcome = move_to_system(collected, Cause::Evict, &mut lost);
+        let outcome = move_to_system(collected, Cause::Evict, &mut lost, None);
         moved += outcome.moved;
         stuck += outcome.stuck;
         if outcome.lost {

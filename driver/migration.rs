@@ -74,7 +74,14 @@ impl Scratch {
     }
 }
 
-/// Moves all device pages of a migration that is set up to system memory.
+/// A folio of system memory for what is in VRAM.
+pub(crate) fn new_folio(order: u32, effort: Effort) -> Result<SystemFolio> {
+    Step::SystemAllocation.pass()?;
+    SystemFolio::new(order, effort)
+}
+
+/// Moves all device pages of a migration that is set up to system memory. A folio that was allocated for
+/// it before can be given along.
 ///
 /// Of a device that is gone, nothing moves, but for [`Cause::Evict`]: then it has to, and is declared
 /// broken there. That takes room in `lost` for a word for each page.
@@ -82,6 +89,7 @@ pub(crate) fn move_to_system(
     mut collected: Collected<'_, DeviceMemory>,
     cause: Cause,
     lost: &mut [usize],
+    mut spare: Option<SystemFolio>,
 ) -> Outcome {
     let mut outcome = Outcome::default();
     let effort = match cause {
@@ -94,9 +102,10 @@ pub(crate) fn move_to_system(
             continue;
         };
         let memory = map.data();
-        let folio = Step::SystemAllocation
-            .pass()
-            .and_then(|()| SystemFolio::new(order, effort));
+        let folio = match spare.take_if(|spare| spare.order() == order) {
+            Some(folio) => Ok(folio),
+            None => new_folio(order, effort),
+        };
         let folio = match folio {
             // It stays where it is.
             Ok(_) if Step::Copy.pass().is_err() => continue,
@@ -420,7 +429,7 @@ impl<'a> Request<'a> {
                 Ok(collected) if self.target == Target::Device => {
                     move_to_device(map, collected, &mut self.indices)
                 }
-                Ok(collected) => move_to_system(collected, Cause::Request, &mut []),
+                Ok(collected) => move_to_system(collected, Cause::Request, &mut [], None),
                 // A mapping that the kernel does not migrate.
                 Err(_) => Outcome::default(),
             };

@@ -164,7 +164,12 @@ impl SystemFolio {
 
     /// Bytes that the folio has.
     pub(crate) fn len(&self) -> usize {
-        super::PAGE_BYTES << self.0.order()
+        super::PAGE_BYTES << self.order()
+    }
+
+    /// log2 of the number of pages.
+    pub(crate) fn order(&self) -> u32 {
+        self.0.order()
     }
 }
 

@@ -170,8 +170,9 @@ fn bad_commands_are_refused() {
         for nr in [READ, WRITE, EXCLUSIVE, READ_UNLOCKED] {
             refused(nr, long, Errno::FAULT);
         }
+        let beyond = good.addr + npages * PAGE as u64 > user_end();
         for nr in [MIGRATE_TO_DEV, MIGRATE_TO_SYS] {
-            refused(nr, long, Errno::INVAL);
+            refused(nr, long, [Errno::INVAL, Errno::FAULT][usize::from(beyond)]);
         }
         refused(SNAPSHOT, Command { ptr: 0, ..long }, Errno::FAULT);
     }
