@@ -10,8 +10,7 @@
 
 use crate::{
     client::{Client, MemoryGate},
-    devmem::evict_once,
-    devmem::DeviceMemory,
+    devmem::{evict_once, DeviceMemory},
     hmm::{
         mirror::{Access, Mirror, Seen},
         pagemap::{Kind, PageMap},
