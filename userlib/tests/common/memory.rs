@@ -2,6 +2,7 @@
 
 use std::ops::Deref;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hmm_gpu::Errno;
 
@@ -228,10 +229,14 @@ impl Area {
             libc::PROT_READ | libc::PROT_WRITE,
             sharing | libc::MAP_ANONYMOUS,
         );
-        let addr = std::ptr::null_mut();
-        // SAFETY: a new map at an address that the kernel picks touches no memory there is.
-        let addr = unsafe { libc::mmap(addr, pages * PAGE, read_write, flags, -1, 0) };
-        assert_ne!(addr, libc::MAP_FAILED, "{}", last_errno());
+        // Far below what the kernel picks, which is the highest gap that fits: so no other thread's memory comes to be in a hole that
+        // a test makes.
+        static NEXT: AtomicUsize = AtomicUsize::new(1 << 44);
+        let addr = NEXT.fetch_add((pages + 1) * PAGE, Ordering::Relaxed) as *mut _;
+        let flags = flags | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: a new map in the place of no other touches no memory there is.
+        let mapped = unsafe { libc::mmap(addr, pages * PAGE, read_write, flags, -1, 0) };
+        assert_eq!(mapped, addr, "{}", last_errno());
         Span::new(addr as usize, pages)
     }
 }
