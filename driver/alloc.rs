@@ -9,7 +9,10 @@
 
 #![forbid(unsafe_code)]
 
-use crate::bitmap::{Blocks, BLOCK_PAGES};
+use crate::{
+    bitmap::{Blocks, BLOCK_PAGES},
+    usage::{Taker, Usage},
+};
 use kernel::{
     gpu::buddy::{
         AllocatedBlocks, GpuBuddy, GpuBuddyAllocFlags, GpuBuddyAllocMode, GpuBuddyParams,
@@ -35,6 +38,7 @@ pub(crate) struct Allocator {
     #[pin]
     taken: Mutex<KVVec<Pin<KBox<AllocatedBlocks>>>>,
     buddy: GpuBuddy,
+    usage: Usage,
     pages: usize,
 }
 
@@ -49,17 +53,19 @@ impl Allocator {
         })?;
         let taken = KVVec::with_capacity(count, GFP_KERNEL)?;
         let blocks = Blocks::new(count)?;
+        let usage = Usage::new(count)?;
         Ok(try_pin_init!(Self {
             blocks <- new_spinlock_irq!(blocks),
             taken <- new_mutex!(taken),
             buddy,
+            usage,
             pages: count * BLOCK_PAGES,
         }))
     }
 
     /// Takes folios of `1 << order` pages: writes the index of the first page of each to `indices`,
     /// and returns how many there were. Fewer than asked for means that there is no more room.
-    pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
+    pub(crate) fn take(&self, taker: Taker, order: u32, indices: &mut [u32]) -> usize {
         // In pieces, so that interrupts are not off for long.
         const PIECE: usize = 64;
 
@@ -72,6 +78,10 @@ impl Allocator {
             if taken < want && self.grow().is_err() {
                 break;
             }
+        }
+        for &index in indices.iter().take(got) {
+            // CAST: The index of a page fits in a word.
+            self.usage.took(taker, index as usize, order);
         }
         got
     }
@@ -99,6 +109,8 @@ impl Allocator {
 
     /// Gives back the `1 << order` pages from `index` on. Does not sleep.
     pub(crate) fn give_back(&self, index: usize, order: u32) {
+        // Before they can be taken again.
+        self.usage.gave_back(index, order);
         self.blocks.lock().give_back(index, order);
     }
 
@@ -109,6 +121,11 @@ impl Allocator {
         }
     }
 
+    /// Who has how much, and when it was used last.
+    pub(crate) fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
     /// How many pages there are.
     pub(crate) fn pages(&self) -> usize {
         self.pages
@@ -117,5 +134,10 @@ impl Allocator {
     /// How many of them are in use.
     pub(crate) fn used(&self) -> usize {
         self.blocks.lock().used()
+    }
+
+    /// How many are not.
+    pub(crate) fn free(&self) -> usize {
+        self.pages - self.used()
     }
 }

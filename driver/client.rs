@@ -29,6 +29,7 @@ use crate::{
         hmm_gpu_snapshot,
     },
     units,
+    usage::{Account, Taker},
 };
 use kernel::{
     ioctl::_IOC_SIZE,
@@ -54,6 +55,43 @@ pub(crate) struct Client {
     /// Held to make it.
     #[pin]
     mirror_lock: Mutex<()>,
+    share: Share,
+}
+
+/// What a client has of the VRAM: closed when it is dropped.
+struct Share {
+    gate: Arc<MemoryGate>,
+    account: Account,
+}
+
+impl Share {
+    fn new(gate: Arc<MemoryGate>) -> Result<Self> {
+        let account = gate.enter()?.data().alloc.usage().open();
+        Ok(Self { gate, account })
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if let Ok(map) = self.gate.enter() {
+            map.data().alloc.usage().close(&self.account);
+        }
+    }
+}
+
+/// What a call that moves or maps pages does so with.
+#[derive(Clone, Copy)]
+pub(crate) struct Seat<'a> {
+    pub(crate) gate: &'a MemoryGate,
+    pub(crate) mirror: &'a Mirror<DeviceMemory>,
+    account: &'a Account,
+}
+
+impl Seat<'_> {
+    /// A new turn to take VRAM.
+    pub(crate) fn turn(&self) -> Result<Taker> {
+        Ok(self.gate.enter()?.data().alloc.usage().turn(self.account))
+    }
 }
 
 impl node::Client for Client {
@@ -62,11 +100,13 @@ impl node::Client for Client {
     fn open(gate: &Arc<MemoryGate>) -> Result<impl PinInit<Self, Error>> {
         let mm = ARef::<Mm>::from(&**current!().mm().ok_or(EINVAL)?);
         let gate = gate.clone();
+        let share = Share::new(gate.clone())?;
         Ok(try_pin_init!(Self {
             gate,
             mm,
             mirror: SetOnce::new(),
             mirror_lock <- new_mutex!(()),
+            share,
         }))
     }
 
@@ -100,11 +140,6 @@ impl Client {
         Ok(mm)
     }
 
-    /// The way to the device.
-    pub(crate) fn gate(&self) -> &MemoryGate {
-        &self.gate
-    }
-
     /// The mirror of the address space.
     pub(crate) fn mirror(&self, mm: &MmWithUser) -> Result<&Mirror<DeviceMemory>> {
         if self.mirror.as_ref().is_none() {
@@ -116,6 +151,15 @@ impl Client {
             }
         }
         self.mirror.as_ref().map(|mirror| &**mirror).ok_or(ENOMEM)
+    }
+
+    /// What its calls do their work with.
+    pub(crate) fn seat(&self, mm: &MmWithUser) -> Result<Seat<'_>> {
+        Ok(Seat {
+            gate: &self.gate,
+            mirror: self.mirror(mm)?,
+            account: &self.share.account,
+        })
     }
 
     fn query(&self, number: u32, argument: usize) -> Result {
@@ -151,7 +195,7 @@ impl Client {
         };
         let (start, end) = range(migrate.addr, migrate.len)?;
         let mut progress = Progress::default();
-        let result = Request::new(&self.gate, self.mirror(mm)?, target)
+        let result = Request::new(self.seat(mm)?, target)
             .and_then(|mut request| request.run(mm, start, end, &mut progress));
         // CAST: All widen.
         migrate.done_bytes = progress.done as u64;
@@ -307,7 +351,7 @@ impl Client {
         let to = usize::try_from(access.to_addr)?;
         require(len != 0)?;
         addr.checked_add(len).ok_or(EINVAL)?;
-        let mut engine = Engine::new(&self.gate, self.mirror(mm)?, mm, policy);
+        let mut engine = Engine::new(self.seat(mm)?, mm, policy);
         let (done, result) = match access.op {
             uapi::HMM_GPU_OP_READ | uapi::HMM_GPU_OP_WRITE => {
                 require(access.to_addr == 0)?;
@@ -389,7 +433,7 @@ impl Client {
         };
         let addr = usize::try_from(atomic.addr)?;
         require(addr % operation.bytes() == 0)?;
-        let mut engine = Engine::new(&self.gate, self.mirror(mm)?, mm, Some(policy));
+        let mut engine = Engine::new(self.seat(mm)?, mm, Some(policy));
         let result = engine.atomic(addr, &operation);
         if let Ok(old) = result {
             atomic.old = old;
@@ -416,7 +460,7 @@ impl Client {
         let mut faults =
             KVVec::from_elem(hmm_gpu_device_fault::default(), count, GFP_KERNEL_ACCOUNT)?;
         reader.read_slice(faults.as_mut_bytes())?;
-        let mut service = Service::new(&self.gate, self.mirror(mm)?, mm, policy)?;
+        let mut service = Service::new(self.seat(mm)?, mm, policy)?;
         let mut batch = Batch::new(&mut faults)?;
         let result = batch.run(&mut service);
         // CAST: All widen.

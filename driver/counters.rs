@@ -52,6 +52,8 @@ pub(crate) struct Counters {
     pub(crate) large_to_device: Counter,
     pub(crate) large_to_system: Counter,
     pub(crate) large_failures: Counter,
+    pub(crate) pressure: Counter,
+    pub(crate) evictions: Counter,
 }
 
 impl Counters {
@@ -82,6 +84,8 @@ impl Counters {
             large_to_device: Counter::new(),
             large_to_system: Counter::new(),
             large_failures: Counter::new(),
+            pressure: Counter::new(),
+            evictions: Counter::new(),
         }
     }
 
@@ -118,6 +122,8 @@ impl Counters {
             large_to_device: self.large_to_device.get(),
             large_to_system: self.large_to_system.get(),
             large_failures: self.large_failures.get(),
+            pressure_pages: self.pressure.get(),
+            evictions: self.evictions.get(),
         }
     }
 }

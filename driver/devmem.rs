@@ -8,17 +8,19 @@
 use crate::{
     alloc::{Allocator, BLOCK_BYTES},
     counters::Counters,
+    evict::evict_once,
     fail::Step,
     hmm::{
         folio::{Effort, SystemFolio},
-        migrate::{Collected, Entries, Fault, FaultOutcome},
+        migrate::{Entries, Fault, FaultOutcome},
         pagemap::{Form, Kind, Ops, Owner, PageMap},
         PAGE_BYTES,
     },
-    migration::{move_to_system, new_folio, Cause, Scratch, BATCH},
+    migration::{move_to_system, new_folio, Cause, Scratch},
     sleep::Sleep,
-    split::{split_all, Splitter},
+    split::Splitter,
     uapi,
+    usage::Taker,
     vram::Vram,
 };
 use kernel::{
@@ -77,12 +79,12 @@ impl DeviceMemory {
 
     /// Takes VRAM for as many folios of `1 << order` pages as `indices` has room for, and returns
     /// how many there were.
-    pub(crate) fn take(&self, order: u32, indices: &mut [u32]) -> usize {
+    pub(crate) fn take(&self, taker: Taker, order: u32, indices: &mut [u32]) -> usize {
         let may_fail = |_: &&mut u32| Step::DeviceAllocation.pass().is_ok();
         let wanted = indices.iter_mut().take_while(may_fail).count();
         let got = self
             .alloc
-            .take(order, indices.get_mut(..wanted).unwrap_or_default());
+            .take(taker, order, indices.get_mut(..wanted).unwrap_or_default());
         self.counters.allocated.add(got << order);
         #[cfg(CONFIG_KASAN)]
         for &index in indices.iter().take(got) {
@@ -137,7 +139,7 @@ impl DeviceMemory {
             // CAST: 2 MiB.
             block_bytes: BLOCK_BYTES as u32,
             vram_bytes: bytes(self.alloc.pages()),
-            vram_free_bytes: bytes(self.alloc.pages() - self.alloc.used()),
+            vram_free_bytes: bytes(self.alloc.free()),
             reserved: [0; 5],
         }
     }
@@ -189,18 +191,18 @@ impl Ops for DeviceMemory {
 
         let began = Instant::<Monotonic>::now();
         let mut report_at = REPORT_MS;
-        while map.live_folios(0).next().is_some() {
+        while map.live_folios(0..map.pages()).next().is_some() {
             if evict_once(map) == 0 {
                 // Somebody holds the pages for a moment (a fault, a fork, another migration), or
                 // there is no memory.
                 fsleep(Delta::from_millis(PAUSE_MS));
             }
             let waited = began.elapsed().as_millis();
-            if waited >= report_at && map.live_folios(0).next().is_some() {
+            if waited >= report_at && map.live_folios(0..map.pages()).next().is_some() {
                 pr_warn!(
                     "hmm_gpu{}: {} pages still in VRAM after {} s of trying to move them out\n",
                     map.data().identity.unit,
-                    map.live_folios(0)
+                    map.live_folios(0..map.pages())
                         .map(|(_, order)| 1usize << order)
                         .sum::<usize>(),
                     waited / 1000
@@ -252,37 +254,4 @@ fn fault_back<'a>(
         memory.counters.cpu_fault_retries.add(1);
     }
     Some(FaultOutcome::Retry)
-}
-
-/// Tries once to move each live page to system memory, until there is no memory for one. Returns
-/// how many have moved, or can move page by page now.
-pub(crate) fn evict_once(map: &PageMap<DeviceMemory>) -> usize {
-    let Ok(mut scratch) = Scratch::new() else {
-        return 0;
-    };
-    let Ok(mut lost) = KVec::from_elem(0, Entries::words(BATCH), GFP_KERNEL) else {
-        return 0;
-    };
-    let (mut moved, mut stuck, mut from) = (0, 0, 0);
-    while map.live_folios(from).next().is_some() {
-        let (collected, next) = Collected::live(map, from, scratch.entries());
-        let outcome = move_to_system(collected, Cause::Evict, &mut lost, None);
-        moved += outcome.moved;
-        stuck += outcome.stuck;
-        if outcome.lost {
-            pr_err!(
-                "hmm_gpu{}: the device is gone, and with it {} pages: who touches them gets SIGBUS\n",
-                map.data().identity.unit,
-                outcome.moved
-            );
-        }
-        if outcome.without_memory.is_some() {
-            break;
-        }
-        from = next;
-    }
-    if stuck > 0 {
-        moved += split_all(map);
-    }
-    moved
 }

@@ -9,10 +9,11 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    client::{Client, MemoryGate},
-    devmem::{evict_once, DeviceMemory},
+    client::{Client, MemoryGate, Seat},
+    devmem::DeviceMemory,
+    evict::evict_once,
     hmm::{
-        mirror::{Access, Mirror, Seen},
+        mirror::{Access, Seen},
         pagemap::{Kind, PageMap},
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -166,7 +167,7 @@ impl node::Client for Dmirror {
         let call = Call {
             dmirror: &self,
             mm,
-            mirror: self.client.mirror(mm)?,
+            seat: self.client.seat(mm)?,
             range,
         };
         match number {
@@ -243,17 +244,17 @@ impl Range {
 struct Call<'a> {
     dmirror: &'a Dmirror,
     mm: &'a MmWithUser,
-    mirror: &'a Mirror<DeviceMemory>,
+    seat: Seat<'a>,
     range: Range,
 }
 
 impl Call<'_> {
     fn gate(&self) -> &MemoryGate {
-        self.dmirror.client.gate()
+        self.seat.gate
     }
 
     fn service(&self) -> Result<Service<'_>> {
-        Service::new(self.gate(), self.mirror, self.mm, Policy::Map)
+        Service::new(self.seat, self.mm, Policy::Map)
     }
 
     /// The device reads the range, or writes to it. What is missing is faulted in with all that
@@ -317,7 +318,7 @@ impl Call<'_> {
                 return Err(EINTR);
             }
             let map = self.gate().enter()?;
-            let missing = self.mirror.first_missing(&map, start, end, access)?;
+            let missing = self.seat.mirror.first_missing(&map, start, end, access)?;
             if missing.is_some() {
                 return Ok(missing);
             }
@@ -383,7 +384,7 @@ impl Call<'_> {
         end: usize,
         mut piece: impl FnMut(&mut Engine<'_>, usize, &mut [u8]) -> (usize, Result),
     ) -> (usize, Result) {
-        let mut engine = Engine::new(self.gate(), self.mirror, self.mm, None);
+        let mut engine = Engine::new(self.seat, self.mm, None);
         let result =
             crate::client::in_pieces(end - at, |done, bytes| piece(&mut engine, at + done, bytes));
         result.unwrap_or_else(|error| (0, Err(error)))
@@ -421,7 +422,7 @@ impl Call<'_> {
         const PAUSE_US: i64 = 500;
         const LONGEST_PAUSE_US: i64 = 16_000;
 
-        let mut request = Request::new(self.gate(), self.mirror, target)?;
+        let mut request = Request::new(self.seat, target)?;
         // The C module's devices are strangers to each other.
         request.only_system();
         if self.dmirror.fail_alloc.xchg(false, Full) {
@@ -498,7 +499,7 @@ impl Call<'_> {
             {
                 let lock = ReadLocked::new(self.mm)?;
                 let map = self.gate().enter()?;
-                self.mirror.look(&lock, start, seen)?;
+                self.seat.mirror.look(&lock, start, seen)?;
                 for (answer, seen) in answers.iter_mut().zip(seen.iter()) {
                     *answer = protection(&map, *seen);
                 }
@@ -516,7 +517,7 @@ impl Call<'_> {
             if current!().signal_pending() {
                 return Err(EINTR);
             }
-            self.mirror.exclusive(self.mm, addr, None)?;
+            self.seat.mirror.exclusive(self.mm, addr, None)?;
         }
         self.read_back(command)
     }
@@ -527,7 +528,7 @@ impl Call<'_> {
                 return Err(EINTR);
             }
             let map = self.gate().enter()?;
-            if self.mirror.has_exclusive(&map, start, end)? {
+            if self.seat.mirror.has_exclusive(&map, start, end)? {
                 return Err(EPERM);
             }
         }
@@ -541,7 +542,7 @@ impl Call<'_> {
 
         for _ in 0..ATTEMPTS {
             let map = self.gate().enter()?;
-            if map.live_folios(0).next().is_none() {
+            if map.live_folios(0..map.pages()).next().is_none() {
                 return Ok(());
             }
             let moved = evict_once(&map);

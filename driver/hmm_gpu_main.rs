@@ -12,6 +12,7 @@ mod client;
 mod counters;
 mod devmem;
 mod dmirror;
+mod evict;
 mod fail;
 mod gpu;
 mod hmm;
@@ -29,6 +30,7 @@ mod sys;
 #[allow(dead_code, non_camel_case_types, unreachable_pub)]
 mod uapi;
 mod units;
+mod usage;
 mod vram;
 
 use kernel::{
@@ -51,6 +53,10 @@ module! {
         soft_mib: u32 {
             default: 64,
             description: "VRAM of a soft device in MiB, a multiple of 2",
+        },
+        fair_share: u32 {
+            default: 100,
+            description: "Percent of an equal share of the VRAM that others do not take from a client before their own (0 to 100)",
         },
         add_resource: bool {
             default: false,

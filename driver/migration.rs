@@ -7,18 +7,20 @@
 
 use crate::{
     bitmap::BLOCK_PAGES,
-    client::MemoryGate,
+    client::Seat,
     devmem::DeviceMemory,
+    evict::make_room,
     fail::Step,
     hmm::{
         folio::{Effort, SystemFolio},
         migrate::{Collected, Entries, Grain, Select, Source},
-        mirror::{Mirror, Seen},
+        mirror::Seen,
         pagemap::{Kind, PageMap, MAX_ORDER},
         vma::{LockedVma, ReadLocked},
         PAGE_BYTES,
     },
     sys::mapping::Written,
+    usage::Taker,
 };
 use kernel::{
     mm::{virt::flags, MmWithUser},
@@ -35,6 +37,8 @@ pub(crate) enum Cause {
     Request,
     /// The CPU touched a page.
     Fault,
+    /// Others need the room.
+    Pressure,
     /// The device goes away.
     Evict,
 }
@@ -94,7 +98,7 @@ pub(crate) fn move_to_system(
     let mut outcome = Outcome::default();
     let effort = match cause {
         Cause::Fault => Effort::PageFault,
-        Cause::Request => Effort::MayFail,
+        Cause::Request | Cause::Pressure => Effort::MayFail,
         Cause::Evict => Effort::Hard,
     };
     for i in 0..collected.pages() {
@@ -137,6 +141,7 @@ pub(crate) fn move_to_system(
             let counter = match cause {
                 Cause::Request => &counters.to_system,
                 Cause::Fault => &counters.fault_back,
+                Cause::Pressure => &counters.pressure,
                 Cause::Evict => &counters.evicted,
             };
             counter.add(1 << order);
@@ -165,6 +170,7 @@ pub(crate) fn move_to_system(
 fn move_to_device(
     map: &PageMap<DeviceMemory>,
     mut collected: Collected<'_, DeviceMemory>,
+    taker: Taker,
     room: &mut [u32],
 ) -> Outcome {
     let memory = map.data();
@@ -180,7 +186,7 @@ fn move_to_device(
         .filter(|source| may_move(source) && source.order() == 0)
         .count();
     let room = room.get_mut(..wanted).unwrap_or_default();
-    let got = memory.take(0, room);
+    let got = memory.take(taker, 0, room);
     let mut indices = room.iter().take(got);
     for i in 0..collected.pages() {
         let Some(source) = collected.source(i).filter(may_move) else {
@@ -190,7 +196,7 @@ fn move_to_device(
         let mut large = [0];
         let index = if order == 0 {
             indices.next()
-        } else if memory.take(order, &mut large) == 1 {
+        } else if memory.take(taker, order, &mut large) == 1 {
             large.first()
         } else {
             memory.counters.large_failures.add(1);
@@ -269,8 +275,8 @@ pub(crate) struct Progress {
 
 /// A request to move the pages of a range, of a process that asks for its own.
 pub(crate) struct Request<'a> {
-    gate: &'a MemoryGate,
-    mirror: &'a Mirror<DeviceMemory>,
+    seat: Seat<'a>,
+    taker: Taker,
     target: Target,
     /// What is on another device stays there.
     only_system: bool,
@@ -282,15 +288,12 @@ pub(crate) struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// Prepares a request, for which memory is allocated.
-    pub(crate) fn new(
-        gate: &'a MemoryGate,
-        mirror: &'a Mirror<DeviceMemory>,
-        target: Target,
-    ) -> Result<Self> {
+    /// Prepares a request, for which memory is allocated. What it has moved to the device is not evicted
+    /// to make room for more of it.
+    pub(crate) fn new(seat: Seat<'a>, target: Target) -> Result<Self> {
         Ok(Self {
-            gate,
-            mirror,
+            seat,
+            taker: seat.turn()?,
             target,
             only_system: false,
             fail_large: false,
@@ -298,6 +301,11 @@ impl<'a> Request<'a> {
             indices: KVec::from_elem(0, BATCH, GFP_KERNEL)?,
             seen: KVec::from_elem(Seen::default(), BATCH, GFP_KERNEL)?,
         })
+    }
+
+    /// It is for something else from now on.
+    pub(crate) fn set_turn(&mut self, taker: Taker) {
+        self.taker = taker;
     }
 
     /// Has what is on another device stay there.
@@ -319,6 +327,10 @@ impl<'a> Request<'a> {
         end: usize,
         progress: &mut Progress,
     ) -> Result {
+        // So often is what was made room for taken by others, before the request goes on without.
+        const ATTEMPTS: usize = 64;
+
+        let (mut attempts, mut claimed) = (0, false);
         while start + progress.done < end {
             if current!().signal_pending() {
                 return Err(EINTR);
@@ -328,18 +340,33 @@ impl<'a> Request<'a> {
             // unbind the device, waits for one batch at most. In this order: a hostile process can
             // make others wait for its own mmap lock.
             let lock = ReadLocked::new(mm)?;
-            let map = self.gate.enter()?;
-            let vma = lock.find_vma(at).filter(|vma| vma.start() < end);
-            match vma {
-                Some(vma) if vma.start() <= at => {
-                    let boundary = (at | (BATCH * PAGE_BYTES - 1)) + 1;
-                    let stop = end.min(vma.end()).min(boundary);
-                    self.batch(&map, &lock, vma, at, stop, progress)?;
+            let map = self.seat.gate.enter()?;
+            let (vma, stop) = next_batch(&lock, at, end);
+            let Some(vma) = vma else {
+                progress.unmapped += stop - at;
+                progress.done += stop - at;
+                continue;
+            };
+            let lacks = self.lacks(&map, &lock, vma, at, stop);
+            if lacks > 0 && attempts < ATTEMPTS {
+                drop(lock);
+                if !claimed {
+                    drop(map);
+                    self.claim(mm, stop, end)?;
+                    claimed = true;
+                } else if make_room(&map, self.taker, lacks) {
+                    attempts += 1;
+                } else {
+                    attempts = ATTEMPTS;
                 }
-                next => {
-                    let gap = next.map_or(end, |vma| vma.start()) - at;
-                    progress.unmapped += gap;
-                    progress.done += gap;
+                continue;
+            }
+            match self.batch(&map, &lock, vma, at, stop, progress) {
+                // Others were faster.
+                Err(error) if error == ENOSPC && attempts < ATTEMPTS => attempts += 1,
+                result => {
+                    result?;
+                    attempts = 0;
                 }
             }
         }
@@ -347,6 +374,57 @@ impl<'a> Request<'a> {
             return Err(EFAULT);
         }
         Ok(())
+    }
+
+    /// Has what is in VRAM already of `[start, end)` not be evicted in this turn.
+    fn claim(&mut self, mm: &MmWithUser, start: usize, end: usize) -> Result {
+        let mut at = start;
+        while at < end {
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let lock = ReadLocked::new(mm)?;
+            let map = self.seat.gate.enter()?;
+            let (vma, stop) = next_batch(&lock, at, end);
+            if vma.is_some_and(|vma| self.may_move(vma)) {
+                self.find(&map, &lock, at, (stop - at) / PAGE_BYTES);
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// How many pages of VRAM have to be free for `[start, end)` to come to the device, of which there are
+    /// less.
+    fn lacks(
+        &mut self,
+        map: &PageMap<DeviceMemory>,
+        lock: &ReadLocked<'_>,
+        vma: LockedVma<'_>,
+        start: usize,
+        end: usize,
+    ) -> usize {
+        let pages = (end - start) / PAGE_BYTES;
+        let free = map.data().alloc.free();
+        if self.target == Target::System || free >= pages || !self.may_move(vma) {
+            return 0;
+        }
+        let missing = pages - self.find(map, lock, start, pages).at_target.min(pages);
+        if missing > free {
+            missing
+        } else {
+            0
+        }
+    }
+
+    /// Whether there may be something in a mapping that can be moved.
+    fn may_move(&self, vma: LockedVma<'_>) -> bool {
+        // What nobody may access is not populated: a heap or a stack has such ranges, large and
+        // empty.
+        let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
+        // A private mapping of a file has anonymous pages where it was written to.
+        let may_have = vma.is_anonymous() || vma.flags() & flags::SHARED == 0;
+        may_have && (accessible || self.target == Target::System)
     }
 
     /// Moves the pages of `[start, end)`, which is inside `vma` and one batch.
@@ -407,13 +485,8 @@ impl<'a> Request<'a> {
         end: usize,
         select: Select,
     ) -> Outcome {
-        // What nobody may access is not populated: a heap or a stack has such ranges, large and
-        // empty.
-        let accessible = vma.flags() & (flags::READ | flags::WRITE | flags::EXEC) != 0;
-        // A private mapping of a file has anonymous pages where it was written to.
-        let may_have = vma.is_anonymous() || vma.flags() & flags::SHARED == 0;
         let mut outcome = Outcome::default();
-        if !may_have || !(accessible || self.target == Target::System) {
+        if !self.may_move(vma) {
             return outcome;
         }
         // On the device as in system memory: who wants no large pages (`MADV_NOHUGEPAGE`) gets none.
@@ -427,7 +500,7 @@ impl<'a> Request<'a> {
             let entries = self.scratch.entries();
             outcome = match Collected::range(vma, start, end, select, grain, entries) {
                 Ok(collected) if self.target == Target::Device => {
-                    move_to_device(map, collected, &mut self.indices)
+                    move_to_device(map, collected, self.taker, &mut self.indices)
                 }
                 Ok(collected) => move_to_system(collected, Cause::Request, &mut [], None),
                 // A mapping that the kernel does not migrate.
@@ -454,12 +527,17 @@ impl<'a> Request<'a> {
         let Some(seen) = self.seen.get_mut(..pages) else {
             return found;
         };
-        if self.mirror.look(lock, start, seen).is_err() {
+        if self.seat.mirror.look(lock, start, seen).is_err() {
             return found;
         }
         for seen in seen.iter() {
             let pfn = seen.pfn();
-            let here = pfn.is_some_and(|pfn| map.index_of(pfn).is_some());
+            let index = pfn.and_then(|pfn| map.index_of(pfn));
+            let here = index.is_some();
+            if let Some(index) = index.filter(|_| self.target == Target::Device) {
+                // So that it is not evicted for the rest.
+                map.data().alloc.usage().need(index, self.taker);
+            }
             let other = !here && pfn.is_some_and(|pfn| crate::units::of_pfn(pfn).is_some());
             found.other += usize::from(other);
             found.at_target += usize::from(match self.target {
@@ -469,6 +547,21 @@ impl<'a> Request<'a> {
             });
         }
         found
+    }
+}
+
+/// The mapping at `at`, if there is one, and where the batch, or the gap, that begins there ends.
+fn next_batch<'a>(
+    lock: &'a ReadLocked<'_>,
+    at: usize,
+    end: usize,
+) -> (Option<LockedVma<'a>>, usize) {
+    match lock.find_vma(at).filter(|vma| vma.start() < end) {
+        Some(vma) if vma.start() <= at => {
+            let boundary = (at | (BATCH * PAGE_BYTES - 1)) + 1;
+            (Some(vma), end.min(vma.end()).min(boundary))
+        }
+        next => (None, next.map_or(end, |vma| vma.start())),
     }
 }
 

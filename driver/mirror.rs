@@ -7,11 +7,12 @@
 
 use crate::{
     bitmap::BLOCK_PAGES,
-    client::MemoryGate,
+    client::{MemoryGate, Seat},
     devmem::DeviceMemory,
+    evict::make_room,
     fail::Step,
     hmm::{
-        mirror::{Access, Look, Mapped, Mirror, Miss, Seen, Table},
+        mirror::{Access, Look, Mapped, Miss, Seen, Table},
         pagemap::PageMap,
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -23,6 +24,7 @@ use crate::{
         sort::sort_pairs,
     },
     uapi::{self, hmm_gpu_device_fault, HMM_GPU_PAGE_BYTES},
+    usage::Taker,
 };
 use kernel::{
     mm::{virt::flags, MmWithUser},
@@ -84,7 +86,8 @@ impl Table for DeviceMemory {
     fn home(gate: &Arc<MemoryGate>, map: &PageMap<Self>) -> Result<TablePage> {
         let memory = map.data();
         let mut index = [0];
-        if memory.take(0, &mut index) == 0 {
+        let mut take = || memory.take(Taker::TABLE, 0, &mut index) == 1;
+        if !take() && !(make_room(map, Taker::TABLE, 1) && take()) {
             memory.counters.vram_failures.add(1);
             return Err(ENOSPC);
         }
@@ -105,6 +108,10 @@ impl Table for DeviceMemory {
 
     fn mapped(&self, entries: usize) {
         self.counters.mapped.add(entries);
+    }
+
+    fn accessed(&self, index: usize) {
+        self.alloc.usage().touch(index);
     }
 
     fn invalidated(&self) {
@@ -148,8 +155,8 @@ pub(crate) enum Page {
 
 /// Services device faults on behalf of the process that calls.
 pub(crate) struct Service<'a> {
-    gate: &'a MemoryGate,
-    mirror: &'a Mirror<DeviceMemory>,
+    seat: Seat<'a>,
+    taker: Taker,
     mm: &'a MmWithUser,
     request: Option<Request<'a>>,
     seen: KVec<Seen>,
@@ -159,24 +166,28 @@ pub(crate) struct Service<'a> {
 
 impl<'a> Service<'a> {
     /// Prepares for it: memory is allocated.
-    pub(crate) fn new(
-        gate: &'a MemoryGate,
-        mirror: &'a Mirror<DeviceMemory>,
-        mm: &'a MmWithUser,
-        policy: Policy,
-    ) -> Result<Self> {
+    ///
+    /// What it has found or put in the device's memory is not evicted to make room for more of it, until
+    /// there is a new turn.
+    pub(crate) fn new(seat: Seat<'a>, mm: &'a MmWithUser, policy: Policy) -> Result<Self> {
         let request = match policy {
             Policy::Map => None,
-            Policy::Migrate => Some(Request::new(gate, mirror, Target::Device)?),
+            Policy::Migrate => Some(Request::new(seat, Target::Device)?),
         };
         Ok(Self {
-            gate,
-            mirror,
+            seat,
+            taker: seat.turn()?,
             mm,
             request,
             seen: KVec::from_elem(Seen::default(), WINDOW, GFP_KERNEL)?,
             window: KVec::from_elem(Page::Idle, WINDOW, GFP_KERNEL)?,
         })
+    }
+
+    /// What was serviced before is not needed any more.
+    pub(crate) fn new_turn(&mut self) -> Result {
+        self.taker = self.seat.turn()?;
+        Ok(())
     }
 
     /// Services the faults on the pages of the window at `base` that are wanted: each is `Mapped`
@@ -211,8 +222,8 @@ impl<'a> Service<'a> {
         // So that nobody can have tables for nothing.
         let mapped = |page: &Page| matches!(page, Page::Mapped { .. });
         if !self.window.iter().any(mapped) {
-            let map = self.gate.enter()?;
-            self.mirror.trim(&map, base);
+            let map = self.seat.gate.enter()?;
+            self.seat.mirror.trim(&map, base);
         }
         Ok(())
     }
@@ -280,8 +291,8 @@ impl<'a> Service<'a> {
     /// Has the device page table have nodes for the window. Returns whether there is anything wanted
     /// still.
     fn prepare(&mut self, base: usize) -> Result<bool> {
-        let map = self.gate.enter()?;
-        let result = self.mirror.prepare(&map, base);
+        let map = self.seat.gate.enter()?;
+        let result = self.seat.mirror.prepare(&map, base);
         let sleep = map.data().sleep.clone();
         drop(map);
         match result {
@@ -296,7 +307,7 @@ impl<'a> Service<'a> {
     }
 
     fn count(&self) {
-        if let Ok(map) = self.gate.enter() {
+        if let Ok(map) = self.seat.gate.enter() {
             let wanted = |page: &&Page| matches!(page, Page::Wanted(_));
             let count = self.window.iter().filter(wanted).count();
             map.data().counters.device_faults.add(count);
@@ -341,6 +352,7 @@ impl<'a> Service<'a> {
             let Some(request) = &mut self.request else {
                 return Ok(());
             };
+            request.set_turn(self.taker);
             let (start, stop) = (base + first * PAGE_BYTES, base + end * PAGE_BYTES);
             let mut progress = Progress::default();
             match request.run(self.mm, start, stop, &mut progress) {
@@ -363,11 +375,12 @@ impl<'a> Service<'a> {
         let pages = self.window.get_mut(first..=last).ok_or(EINVAL)?;
         let seen = self.seen.get_mut(..pages.len()).ok_or(EINVAL)?;
         let pages = core::cell::Cell::from_mut(pages).as_slice_of_cells();
-        let begun = self.mirror.begin();
+        let begun = self.seat.mirror.begin();
         let lock = ReadLocked::new(self.mm)?;
-        let map = self.gate.enter()?;
-        let is_own = |seen: Seen| seen.pfn().is_some_and(|pfn| map.index_of(pfn).is_some());
-        let result = self.mirror.map(
+        let map = self.seat.gate.enter()?;
+        let own = |seen: Seen| seen.pfn().and_then(|pfn| map.index_of(pfn));
+        let (usage, taker) = (map.data().alloc.usage(), self.taker);
+        let result = self.seat.mirror.map(
             Look {
                 begun: &begun,
                 lock: &lock,
@@ -376,7 +389,13 @@ impl<'a> Service<'a> {
             base + first * PAGE_BYTES,
             seen,
             |i, seen| match pages.get(i)?.get() {
-                Page::Wanted(access) if which == Where::Anywhere || is_own(seen) => Some(access),
+                Page::Wanted(access) => match own(seen) {
+                    Some(index) => {
+                        usage.need(index, taker);
+                        Some(access)
+                    }
+                    None => (which == Where::Anywhere).then_some(access),
+                },
                 _ => None,
             },
             |i, mapped| {
@@ -424,7 +443,8 @@ impl<'a> Service<'a> {
     }
 
     fn fault_in_pages(&mut self, start: usize, end: usize, access: Access) -> Result {
-        self.mirror
+        self.seat
+            .mirror
             .fault_in(self.mm, start, end, access, &mut self.seen)
     }
 
@@ -564,8 +584,7 @@ pub(crate) struct Accessed {
 
 /// A device that accesses a process's memory on behalf of it.
 pub(crate) struct Engine<'a> {
-    gate: &'a MemoryGate,
-    mirror: &'a Mirror<DeviceMemory>,
+    seat: Seat<'a>,
     mm: &'a MmWithUser,
     /// What is done about misses; nothing if there is none.
     policy: Option<Policy>,
@@ -599,15 +618,9 @@ impl Operation<'_> {
 
 impl<'a> Engine<'a> {
     /// Without a `policy`, a miss is not serviced.
-    pub(crate) fn new(
-        gate: &'a MemoryGate,
-        mirror: &'a Mirror<DeviceMemory>,
-        mm: &'a MmWithUser,
-        policy: Option<Policy>,
-    ) -> Self {
+    pub(crate) fn new(seat: Seat<'a>, mm: &'a MmWithUser, policy: Option<Policy>) -> Self {
         Self {
-            gate,
-            mirror,
+            seat,
             mm,
             policy,
             service: None,
@@ -679,8 +692,8 @@ impl<'a> Engine<'a> {
                 return Err(EINTR);
             }
             let miss = {
-                let map = self.gate.enter()?;
-                match self.mirror.atomic(&map, addr, operation)? {
+                let map = self.seat.gate.enter()?;
+                match self.seat.mirror.atomic(&map, addr, operation)? {
                     Ok(old) => return Ok(old),
                     Err(miss) => miss,
                 }
@@ -693,14 +706,14 @@ impl<'a> Engine<'a> {
             if matches!(at, Some(Page::Mapped { device: true })) {
                 continue;
             }
-            match self.mirror.exclusive(self.mm, addr, Some(operation)) {
+            match self.seat.mirror.exclusive(self.mm, addr, Some(operation)) {
                 Ok(Some(old)) => return Ok(old),
                 // It has changed since it was mapped: the next miss tells what is wrong with it, if
                 // anything is.
                 Err(error) if [EBUSY, EFAULT, EPERM].contains(&error) => (),
                 // In sleep there is none.
                 Err(error) if error == EAGAIN => {
-                    let sleep = self.gate.enter()?.data().sleep.clone();
+                    let sleep = self.seat.gate.enter()?.data().sleep.clone();
                     sleep.wait()?;
                 }
                 result => drop(result?),
@@ -721,17 +734,20 @@ impl<'a> Engine<'a> {
         if at >= user_end() {
             return Err(EFAULT);
         }
-        let map = self.gate.enter()?;
+        let map = self.seat.gate.enter()?;
         let counters = &map.data().counters;
         let range = done..done + piece;
         let (result, counter) = match operation {
             Operation::Read(to) => {
                 let to = to.get_mut(range).ok_or(EINVAL)?;
-                (self.mirror.read(&map, at, to)?, &counters.device_read)
+                (self.seat.mirror.read(&map, at, to)?, &counters.device_read)
             }
             Operation::Write(from) => {
                 let from = from.get(range).ok_or(EINVAL)?;
-                (self.mirror.write(&map, at, from)?, &counters.device_written)
+                (
+                    self.seat.mirror.write(&map, at, from)?,
+                    &counters.device_written,
+                )
             }
         };
         if result.is_ok() {
@@ -750,9 +766,10 @@ impl<'a> Engine<'a> {
         };
         let service = match &mut self.service {
             Some(service) => service,
-            none => none.insert(Service::new(self.gate, self.mirror, self.mm, policy)?),
+            none => none.insert(Service::new(self.seat, self.mm, policy)?),
         };
         let base = at & !(WINDOW_BYTES - 1);
+        service.new_turn()?;
         service.want(at, end.min(base.saturating_add(WINDOW_BYTES)), access);
         service.run(base)?;
         match service.window.get((at - base) / PAGE_BYTES) {

@@ -5,7 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{client::MemoryGate, devmem::evict_once, sys::sleep::Sleeper};
+use crate::{client::MemoryGate, evict::evict_once, sys::sleep::Sleeper};
 use kernel::{
     new_condvar, new_mutex,
     prelude::*,
@@ -96,12 +96,12 @@ impl Sleeper for Sleepy {
         map.pause(true);
         memory.sleep.fall_asleep();
         let began = Instant::<Monotonic>::now();
-        while map.live_folios(0).next().is_some() {
+        while map.live_folios(0..map.pages()).next().is_some() {
             if began.elapsed().as_millis() > LIMIT_MS {
                 pr_err!(
                     "hmm_gpu{}: {} pages are still in VRAM, which forgets them in sleep: the host must stay awake\n",
                     memory.identity.unit,
-                    map.live_folios(0).count()
+                    map.live_folios(0..map.pages()).count()
                 );
                 Sleeper::wake(self);
                 return Err(EBUSY);

@@ -22,6 +22,7 @@ use crate::{
     },
     sys::work,
 };
+use core::ops::Range;
 use kernel::{
     mm::{virt::flags, Mm, MmWithUser},
     new_mutex, new_work,
@@ -116,14 +117,18 @@ impl WorkItem for Splitter {
     }
 }
 
-/// Tries to split all large folios of a device, and returns how many it has. Waits for nobody's address
-/// space.
-pub(crate) fn split_all(map: &PageMap<DeviceMemory>) -> usize {
+/// Tries to split all large folios among some pages of a device, and returns how many it has. Waits for
+/// nobody's address space.
+pub(crate) fn split_all(
+    map: &PageMap<DeviceMemory>,
+    pages: Range<usize>,
+    may_go: impl Fn(usize, u32) -> bool,
+) -> usize {
     let Ok(spaces) = all_address_spaces() else {
         return 0;
     };
-    map.live_folios(0)
-        .filter(|(_, order)| *order > 0)
+    map.live_folios(pages)
+        .filter(|(index, order)| *order > 0 && may_go(*index, *order))
         .filter(|(index, _)| spaces.iter().any(|mm| split(map, mm, *index)))
         .count()
 }

@@ -22,7 +22,7 @@
 //! - A structure that cannot be read or written is `EFAULT`.
 
 /// Version of this interface. Grows when a call or a field is added; nothing is ever taken away.
-pub const HMM_GPU_VERSION: u32 = 3;
+pub const HMM_GPU_VERSION: u32 = 4;
 
 /// The page size this interface counts in, in bytes.
 pub const HMM_GPU_PAGE_BYTES: u64 = 4096;
@@ -37,7 +37,7 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 /// `RESIDENCY`: tells where each page of a range is. Moves nothing.
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
-pub const HMM_GPU_COUNTERS: u32 = 0xC0C8_E803;
+pub const HMM_GPU_COUNTERS: u32 = 0xC0D8_E803;
 /// `MIRROR`: describes the file's device page table. Since version 2.
 pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
 /// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
@@ -261,6 +261,10 @@ pub struct hmm_gpu_counters {
     pub large_to_system: u64,
     /// Folios of 2 MiB for which there was none on the other side. Their pages move one by one.
     pub large_failures: u64,
+    /// Moved to the system because others needed the room. Since version 4, as all that follow.
+    pub pressure_pages: u64,
+    /// Blocks of 2 MiB from which pages were moved for that.
+    pub evictions: u64,
 }
 
 /// The entry is there. For a device page table's inner nodes: the offset is that of the next node.

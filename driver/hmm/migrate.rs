@@ -20,7 +20,7 @@ use crate::{
     },
     sys::{bindings, mapping::Written},
 };
-use core::{marker::PhantomData, mem::ManuallyDrop};
+use core::{marker::PhantomData, mem::ManuallyDrop, ops::Range};
 use kernel::{error::to_result, mm::Mm, prelude::*, sync::aref::ARef};
 
 const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
@@ -265,16 +265,26 @@ impl<'a, T: Ops> Collected<'a, T> {
         unsafe { Self::setup(vma.as_ptr(), start, end, flags, no_fault, entries) }
     }
 
-    /// Sets up a migration of the live folios of `map` from page `from` on, wherever they are
-    /// mapped (`migrate_device_pfns`): as many as `entries` has room for. Returns the page after
-    /// the last that was looked at, too.
+    /// Sets up a migration of those live folios among `pages` of `map` that are `wanted` (it is given
+    /// the index of the first page and the order), wherever they are mapped
+    /// (`migrate_device_pfns`): as many as `entries` has room for. Returns the page after the last
+    /// that was looked at, too.
     ///
     /// Folios that are busy or gone by now have no source.
-    pub(crate) fn live(map: &'a PageMap<T>, from: usize, entries: Entries<'a>) -> (Self, usize) {
+    pub(crate) fn live(
+        map: &'a PageMap<T>,
+        pages: Range<usize>,
+        wanted: impl Fn(usize, u32) -> bool,
+        entries: Entries<'a>,
+    ) -> (Self, usize) {
         let room = entries.src.len().min(entries.dst.len());
-        let (mut used, mut next) = (0, from);
-        for (index, order) in map.live_folios(from) {
+        let (mut used, mut next) = (0, pages.start);
+        for (index, order) in map.live_folios(pages) {
             let pages = 1usize << order;
+            if !wanted(index, order) {
+                next = index + pages;
+                continue;
+            }
             if used + pages > room {
                 break;
             }

@@ -72,6 +72,9 @@ pub(crate) trait Table: Ops {
     /// `entries` entries were made.
     fn mapped(&self, entries: usize);
 
+    /// The device accesses page `index` of its memory.
+    fn accessed(&self, index: usize);
+
     /// An invalidation found something in a device page table.
     fn invalidated(&self);
 }
@@ -825,9 +828,12 @@ impl<T: Table> Mirror<T> {
             return Ok(Err(Miss { word }));
         }
         let page = match map.index_of(pfn) {
-            Some(index) => Page::Device {
-                offset: index * PAGE_BYTES + offset,
-            },
+            Some(index) => {
+                map.data().accessed(index);
+                Page::Device {
+                    offset: index * PAGE_BYTES + offset,
+                }
+            }
             None => {
                 // SAFETY: System memory, by the type invariants, so it is directly mapped, and the
                 // offset is inside the page.

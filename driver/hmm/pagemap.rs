@@ -12,7 +12,7 @@ use crate::{
     },
     sys::{bindings, gate::Lend},
 };
-use core::{marker::PhantomData, ptr::NonNull};
+use core::{marker::PhantomData, ops::Range, ptr::NonNull};
 use kernel::{
     container_of,
     device::{Bound, Device},
@@ -248,10 +248,13 @@ impl<T: Ops> PageMap<T> {
         self.paused.xchg(paused, Full);
     }
 
-    /// The folios that are live now, from page `from` on: index of the first page and order of
-    /// each. Others may come and go meanwhile.
-    pub(crate) fn live_folios(&self, from: usize) -> impl Iterator<Item = (usize, u32)> + '_ {
-        (from..self.pages()).filter_map(|index| Some((index, self.order(index)?)))
+    /// The folios that are live now and begin at one of these pages: index of the first page and order
+    /// of each. Others may come and go meanwhile.
+    pub(crate) fn live_folios(
+        &self,
+        pages: Range<usize>,
+    ) -> impl Iterator<Item = (usize, u32)> + '_ {
+        pages.filter_map(|index| Some((index, self.order(index)?)))
     }
 
     /// log2 of the number of pages of the live folio that begins at page `index`, if there is one.
@@ -488,7 +491,7 @@ unsafe impl<D: Parent, T: Ops> Lend for Registered<D, T> {
 impl<D: Parent, T: Ops> Drop for Registered<D, T> {
     fn drop(&mut self) {
         self.closing();
-        while self.map.live_folios(0).next().is_some() {
+        while self.map.live_folios(0..self.map.pages()).next().is_some() {
             T::evict_all(&self.map);
         }
         let dev = self.device.device();

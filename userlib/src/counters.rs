@@ -110,6 +110,10 @@ counters! {
     large_to_system,
     /// Folios of 2 MiB for which there was none on the other side, so that their pages move one by one, in folios.
     large_failures,
+    /// Moved to the system because others needed the room.
+    pressure_pages,
+    /// Blocks of 2 MiB from which pages were moved for that, in blocks.
+    evictions,
 }
 
 #[cfg(test)]

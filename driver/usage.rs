@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Who has how much of the VRAM, and when each 2 MiB of it was used last: so that it is known whose pages
+//! go first when room is needed.
+//!
+//! Nothing here is locked: pages are given back under page table locks, and what is read to choose a
+//! victim is a hint.
+
+#![forbid(unsafe_code)]
+
+use crate::bitmap::BLOCK_PAGES;
+use kernel::{
+    prelude::*,
+    sync::atomic::{Acquire, Atomic, Full, Relaxed, Release},
+};
+
+/// Accounts of a device: a client has one each.
+const ACCOUNTS: usize = 1024;
+
+/// Whose pages do not move: those of device page tables.
+const TABLES: i16 = 0;
+
+/// The account of those that come when all others are taken.
+const CROWD: i16 = ACCOUNTS as i16 - 1;
+
+/// Somebody who takes VRAM, and for what: blocks that were taken or used in one turn are not evicted for
+/// the same turn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Taker {
+    account: i16,
+    turn: u32,
+}
+
+impl Taker {
+    /// For a device page table.
+    pub(crate) const TABLE: Self = Self {
+        account: TABLES,
+        turn: 0,
+    };
+}
+
+/// What a client has of a device's VRAM. It is closed, not dropped: its pages outlive it.
+pub(crate) struct Account(i16);
+
+/// One account.
+struct Entry {
+    open: Atomic<bool>,
+    /// In pages.
+    used: Atomic<usize>,
+}
+
+/// 2 MiB of VRAM.
+struct Block {
+    /// The turn of who took a page of it or used one last.
+    turn: Atomic<u32>,
+    /// Who took a page of it last.
+    account: Atomic<i16>,
+    /// Pages that are in use and can move.
+    movable: Atomic<u32>,
+}
+
+/// A page of VRAM.
+struct Page {
+    /// The account that has it, or that of the tables if none has.
+    account: Atomic<i16>,
+    /// The turn in which it was taken, or needed last.
+    turn: Atomic<u32>,
+}
+
+/// The use that is made of a device's VRAM.
+pub(crate) struct Usage {
+    /// The last turn. Turns are even: an odd number is a time at which nobody had a turn.
+    clock: Atomic<u32>,
+    entries: KVec<Entry>,
+    blocks: KVVec<Block>,
+    pages: KVVec<Page>,
+}
+
+impl Usage {
+    /// For `count` blocks, of which none is in use.
+    pub(crate) fn new(count: usize) -> Result<Self> {
+        let mut entries = KVec::with_capacity(ACCOUNTS, GFP_KERNEL)?;
+        for _ in 0..ACCOUNTS {
+            let entry = Entry {
+                open: Atomic::new(false),
+                used: Atomic::new(0),
+            };
+            entries.push(entry, GFP_KERNEL)?;
+        }
+        let mut blocks = KVVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            let block = Block {
+                turn: Atomic::new(0),
+                account: Atomic::new(TABLES),
+                movable: Atomic::new(0),
+            };
+            blocks.push(block, GFP_KERNEL)?;
+        }
+        let mut pages = KVVec::with_capacity(count * BLOCK_PAGES, GFP_KERNEL)?;
+        for _ in 0..count * BLOCK_PAGES {
+            let page = Page {
+                account: Atomic::new(TABLES),
+                turn: Atomic::new(0),
+            };
+            pages.push(page, GFP_KERNEL)?;
+        }
+        Ok(Self {
+            clock: Atomic::new(0),
+            entries,
+            blocks,
+            pages,
+        })
+    }
+
+    /// Opens an account. When all are taken, those that come share one.
+    pub(crate) fn open(&self) -> Account {
+        let own = TABLES as usize + 1..CROWD as usize;
+        for (i, entry) in self
+            .entries
+            .iter()
+            .enumerate()
+            .take(own.end)
+            .skip(own.start)
+        {
+            if entry.open.cmpxchg(false, true, Full).is_err() {
+                continue;
+            }
+            if entry.used.load(Relaxed) == 0 {
+                // CAST: Less than `ACCOUNTS`.
+                return Account(i as i16);
+            }
+            // Somebody is gone whose pages are not.
+            entry.open.store(false, Release);
+        }
+        Account(CROWD)
+    }
+
+    /// Closes an account.
+    pub(crate) fn close(&self, account: &Account) {
+        if let Some(entry) = self.entry(account.0) {
+            entry.open.store(false, Release);
+        }
+    }
+
+    /// A new turn of the owner of an account.
+    pub(crate) fn turn(&self, account: &Account) -> Taker {
+        Taker {
+            account: account.0,
+            turn: self.clock.fetch_add(2, Relaxed).wrapping_add(2),
+        }
+    }
+
+    fn entry(&self, account: i16) -> Option<&Entry> {
+        self.entries.get(usize::try_from(account).ok()?)
+    }
+
+    /// The folio of `1 << order` pages from `index` on was taken.
+    pub(crate) fn took(&self, taker: Taker, index: usize, order: u32) {
+        let pages = 1usize << order;
+        for page in self.pages.iter().skip(index).take(pages) {
+            page.turn.store(taker.turn, Relaxed);
+            page.account.store(taker.account, Relaxed);
+        }
+        if let Some(entry) = self.entry(taker.account) {
+            entry.used.add(pages, Relaxed);
+        }
+        if taker == Taker::TABLE {
+            return;
+        }
+        if let Some(block) = self.blocks.get(index / BLOCK_PAGES) {
+            block.turn.store(taker.turn, Relaxed);
+            block.account.store(taker.account, Relaxed);
+            // CAST: At most as many as a block has.
+            block.movable.add(pages as u32, Relaxed);
+        }
+    }
+
+    /// The `1 << order` pages from `index` on are not in use any more. Does not sleep.
+    pub(crate) fn gave_back(&self, index: usize, order: u32) {
+        let (mut run, mut owner) = (0, TABLES);
+        for page in self.pages.iter().skip(index).take(1 << order) {
+            let account = page.account.xchg(TABLES, Relaxed);
+            if account != owner {
+                self.less(index, owner, run);
+                (run, owner) = (0, account);
+            }
+            run += 1;
+        }
+        self.less(index, owner, run);
+    }
+
+    /// An account has so many pages less, of the block that `index` is in.
+    fn less(&self, index: usize, account: i16, pages: usize) {
+        if let Some(entry) = self.entry(account) {
+            entry.used.fetch_sub(pages, Relaxed);
+        }
+        if account == TABLES {
+            return;
+        }
+        if let Some(block) = self.blocks.get(index / BLOCK_PAGES) {
+            // CAST: At most as many as a block has.
+            block.movable.fetch_sub(pages as u32, Relaxed);
+        }
+    }
+
+    /// Page `index` is needed in `taker`'s turn.
+    pub(crate) fn need(&self, index: usize, taker: Taker) {
+        if let Some(page) = self.pages.get(index) {
+            page.turn.store(taker.turn, Relaxed);
+        }
+        self.used_in(index, taker.turn);
+    }
+
+    /// Whether one of the `1 << order` pages from `index` on is needed in `taker`'s turn.
+    pub(crate) fn is_needed(&self, index: usize, order: u32, taker: Taker) -> bool {
+        let mut pages = self.pages.iter().skip(index).take(1 << order);
+        pages.any(|page| page.turn.load(Relaxed) == taker.turn)
+    }
+
+    /// A device has used page `index`.
+    pub(crate) fn touch(&self, index: usize) {
+        self.used_in(index, self.clock.load(Relaxed) | 1);
+    }
+
+    fn used_in(&self, index: usize, turn: u32) {
+        if let Some(block) = self.blocks.get(index / BLOCK_PAGES) {
+            if block.turn.load(Relaxed) != turn {
+                block.turn.store(turn, Relaxed);
+            }
+        }
+    }
+
+    /// The block whose pages are to go when `taker` needs room: the one that was not used for the longest
+    /// time, of those that belong to the taker itself or to who has more than a fair share. If there is none,
+    /// of all.
+    ///
+    /// Nothing that is needed in this turn is to go: so at last it is a block of which only some pages are.
+    /// `None` if there is nothing else.
+    pub(crate) fn victim(&self, taker: Taker) -> Option<usize> {
+        let share = self.share(taker);
+        let over = |account: i16| {
+            account == taker.account
+                || self
+                    .entry(account)
+                    .is_some_and(|entry| entry.used.load(Relaxed) > share)
+        };
+        let partly = |pages: &[Page]| {
+            pages.iter().any(|page| {
+                page.account.load(Relaxed) != TABLES && page.turn.load(Relaxed) != taker.turn
+            })
+        };
+        self.oldest(taker, over)
+            .or_else(|| self.oldest(taker, |_| true))
+            .or_else(|| self.pages.chunks(BLOCK_PAGES).position(partly))
+    }
+
+    fn oldest(&self, taker: Taker, may_go: impl Fn(i16) -> bool) -> Option<usize> {
+        let now = self.clock.load(Relaxed);
+        self.blocks
+            .iter()
+            .enumerate()
+            .filter(|(_, block)| block.movable.load(Acquire) > 0)
+            .filter(|(_, block)| block.turn.load(Relaxed) != taker.turn)
+            .filter(|(_, block)| may_go(block.account.load(Relaxed)))
+            .max_by_key(|(_, block)| now.wrapping_sub(block.turn.load(Relaxed)))
+            .map(|(i, _)| i)
+    }
+
+    /// The fair share of each who has some, or wants some, in pages.
+    fn share(&self, taker: Taker) -> usize {
+        // CAST: Widens.
+        let percent = crate::module_parameters::fair_share.value() as usize;
+        let entries = (0i16..).zip(self.entries.iter()).skip(1);
+        let active = entries
+            .filter(|(i, entry)| *i == taker.account || entry.used.load(Relaxed) > 0)
+            .count();
+        self.pages.len() / active.max(1) * percent.min(100) / 100
+    }
+
+    /// A block could not be emptied: others are tried before it is again.
+    pub(crate) fn put_off(&self, block: usize) {
+        if let Some(block) = self.blocks.get(block) {
+            block.turn.store(self.clock.load(Relaxed) | 1, Relaxed);
+        }
+    }
+}
