@@ -2,16 +2,14 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_access`.
 
-mod common;
-
 use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd};
 
-use common::child::Child;
-use common::driver::{is_bound, on_each_kind, try_device_of, Driver, GPUS};
-use common::kernel::{self, Log};
-use common::memory::{errno, Area, Span};
-use common::{assert_place, mirror, places, refused, to_device};
+use crate::common::child::Child;
+use crate::common::driver::{is_bound, on_each_kind, try_device_of, Driver, GPUS};
+use crate::common::kernel::{self, Log};
+use crate::common::memory::{errno, Area, Span};
+use crate::common::{assert_place, mirror, places, refused, to_device};
 use hmm_gpu::uapi::{
     self, hmm_gpu_counters, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
     HMM_GPU_TARGET_DEVICE as DEVICE, HMM_GPU_TARGET_SYSTEM as SYSTEM,

@@ -2,23 +2,21 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_atomic`.
 
-mod common;
-
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::child::Child;
-use common::driver::{assert_empty, counters, on_each_kind, Driver, GPUS};
-use common::kernel::{self, Entry};
-use common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
-use common::mirror::{
+use crate::common::child::Child;
+use crate::common::driver::{assert_empty, counters, on_each_kind, Driver, GPUS};
+use crate::common::kernel::{self, Entry};
+use crate::common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
+use crate::common::mirror::{
     atomic, call, device_check, device_fill, read, snapshot, write, MAP, MIGRATE, NONE,
 };
-use common::misuse::user_end;
-use common::random::Random;
-use common::swap::{reclaim, Swap};
-use common::{rounds, to_device, Stop};
+use crate::common::misuse::user_end;
+use crate::common::random::Random;
+use crate::common::swap::{reclaim, Swap};
+use crate::common::{rounds, to_device, Stop};
 use hmm_gpu::uapi::{
     self, hmm_gpu_atomic, HMM_GPU_ATOMIC_ADD as ADD, HMM_GPU_ATOMIC_AND as AND,
     HMM_GPU_ATOMIC_CMPXCHG as CMPXCHG, HMM_GPU_ATOMIC_OR as OR, HMM_GPU_ATOMIC_XCHG as XCHG,
@@ -609,7 +607,10 @@ fn whoever_touches_a_page_takes_it_from_the_device() {
             let exclusive = |span| snapshot(&device, span).iter().all(|it| it.is_exclusive());
             assert!(exclusive(*area), "{what}");
             // To look is not to touch, nor is what the device itself reads.
-            assert_eq!(common::places(&device, *area).counts().none, area.pages);
+            assert_eq!(
+                crate::common::places(&device, *area).counts().none,
+                area.pages
+            );
             read_by(&device, *area, NONE);
             assert!(exclusive(*area), "{what}");
 
@@ -646,7 +647,7 @@ fn whoever_touches_a_page_takes_it_from_the_device() {
         let stays = device
             .prefetch_range(area.page(5).addr, PAGE, Target::Device)
             .unwrap();
-        assert_eq!(stays, common::moved(0, 0, 1, 0));
+        assert_eq!(stays, crate::common::moved(0, 0, 1, 0));
     }
     // Not through an address that is no more.
     device.fetch_add(wide(area.addr), 1, Policy::Map).unwrap();

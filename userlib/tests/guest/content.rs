@@ -2,16 +2,14 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_content`.
 
-mod common;
-
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 
-use common::driver::{on_each_kind, Driver, GPUS};
-use common::kernel::{self, Entry};
-use common::memory::{errno, file, Area, Span, HUGE, PAGE};
-use common::random::Random;
-use common::{
+use crate::common::driver::{on_each_kind, Driver, GPUS};
+use crate::common::kernel::{self, Entry};
+use crate::common::memory::{errno, file, Area, Span, HUGE, PAGE};
+use crate::common::random::Random;
+use crate::common::{
     assert_place, assert_witness, eventually, moved, places, refused, rounds, to_device, to_system,
 };
 use hmm_gpu::{Device, Errno, Place, Target};
@@ -218,7 +216,7 @@ fn read_only_memory_moves_and_stays_read_only() {
         assert_eq!(places(device, *area).counts().writable, 0);
         // A write kills, in VRAM and back in system memory.
         for page in [area.page(0), area.page(0)] {
-            let child = common::child::Child::fork(|_| page.fill(0));
+            let child = crate::common::child::Child::fork(|_| page.fill(0));
             child.finish_killed(libc::SIGSEGV);
         }
         area.page(1).check(41);

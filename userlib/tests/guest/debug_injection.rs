@@ -3,18 +3,16 @@
 //!
 //! Runs in the virtual GPU host with the kernel that checks, which can make them fail: `bench/test guest_debug_injection`.
 
-mod common;
-
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use common::driver::{assert_empty, counters, Driver, GPUS};
-use common::inject::{Injection, What};
-use common::memory::{errno, Area, Span, PAGE};
-use common::mirror::{
+use crate::common::driver::{assert_empty, counters, Driver, GPUS};
+use crate::common::inject::{Injection, What};
+use crate::common::memory::{errno, Area, Span, PAGE};
+use crate::common::mirror::{
     both_check, call, copy, device_check, device_fill_by, read, snapshot, try_fault, try_snapshot,
     wants, write, Ended, MAP, MIGRATE, READ, WRITE,
 };
-use common::{places, to_device, to_system};
+use crate::common::{places, to_device, to_system};
 use hmm_gpu::uapi::{
     self, hmm_gpu_migrate, hmm_gpu_mirror, HMM_GPU_TARGET_DEVICE as DEVICE,
     HMM_GPU_TARGET_SYSTEM as SYSTEM,
@@ -312,7 +310,7 @@ fn touches_that_fail_are_tried_again() {
         let look = |scene: Scene, ()| {
             let mut words = scene.area.page(3).pattern(1);
             words[0] = 5;
-            let found = common::mirror::device_words(&scene.device, scene.area.page(3), MAP);
+            let found = crate::common::mirror::device_words(&scene.device, scene.area.page(3), MAP);
             assert!(found == words);
             let rest = |span: Span| both_check(&scene.device, span, 1);
             rest(scene.area.part(0, 3));

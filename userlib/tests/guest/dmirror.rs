@@ -3,8 +3,6 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_dmirror`.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -12,13 +10,13 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::child::Child;
-use common::driver::{assert_empty, Driver, GPUS};
-use common::memory::{errno, last_errno, Area, Span, PAGE};
-use common::mirror::{device_check, device_fill, table, try_snapshot};
-use common::misuse::user_end;
-use common::random::Random;
-use common::{eventually, places, rounds, to_device, to_system, Stop};
+use crate::common::child::Child;
+use crate::common::driver::{assert_empty, Driver, GPUS};
+use crate::common::memory::{errno, last_errno, Area, Span, PAGE};
+use crate::common::mirror::{device_check, device_fill, table, try_snapshot};
+use crate::common::misuse::user_end;
+use crate::common::random::Random;
+use crate::common::{eventually, places, rounds, to_device, to_system, Stop};
 use hmm_gpu::uapi;
 use hmm_gpu::{Capabilities, Device, Errno, Place, Policy, Target};
 

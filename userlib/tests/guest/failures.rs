@@ -1,17 +1,15 @@
 //! Nothing is lost when a step fails: the driver's own, of which each is made to fail in its turn, on any kernel. Every byte is where it
 //! was or where it was to go, and all that is left over is given back.
 //!
-//! Runs in the virtual GPU host: `bench/test guest_injection`.
-
-mod common;
+//! Runs in the virtual GPU host: `bench/test guest_failures`.
 
 use std::fs;
 
-use common::child::Child;
-use common::driver::{assert_empty, counters, on_each_kind, Driver, GPUS};
-use common::memory::{Area, Span, HUGE, PAGE};
-use common::mirror::{device_check, fault_all, MAP, MIGRATE, WRITE};
-use common::{eventually, places, rounds, to_device};
+use crate::common::child::Child;
+use crate::common::driver::{assert_empty, counters, on_each_kind, Driver, GPUS};
+use crate::common::memory::{Area, Span, HUGE, PAGE};
+use crate::common::mirror::{device_check, fault_all, MAP, MIGRATE, WRITE};
+use crate::common::{eventually, places, rounds, to_device};
 use hmm_gpu::{Device, Errno, Target};
 
 /// A step that can be made to fail: its file in debugfs.

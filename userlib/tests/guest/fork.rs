@@ -2,14 +2,12 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_fork`.
 
-mod common;
-
-use common::child::Child;
-use common::driver::{assert_empty, on_each_kind, Driver};
-use common::kernel;
-use common::memory::{last_errno, Area, Span, PAGE};
-use common::random::Random;
-use common::{assert_place, eventually, places, to_device, to_system};
+use crate::common::child::Child;
+use crate::common::driver::{assert_empty, on_each_kind, Driver};
+use crate::common::kernel;
+use crate::common::memory::{last_errno, Area, Span, PAGE};
+use crate::common::random::Random;
+use crate::common::{assert_place, eventually, places, to_device, to_system};
 use hmm_gpu::{Device, Place, Target};
 
 /// Catches a copy-on-write that is seen on the other side, in either direction, or that loses a page nobody wrote.

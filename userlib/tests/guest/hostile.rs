@@ -2,19 +2,17 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_hostile`.
 
-mod common;
-
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::child::Child;
-use common::driver::{self, assert_empty, is_bound, Driver, GPUS, IN_SLOT};
-use common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
-use common::random::Random;
-use common::{eventually, mirror, patience, refused, rounds, Stop};
+use crate::common::child::Child;
+use crate::common::driver::{self, assert_empty, is_bound, Driver, GPUS, IN_SLOT};
+use crate::common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
+use crate::common::random::Random;
+use crate::common::{eventually, mirror, patience, refused, rounds, Stop};
 use hmm_gpu::{Access, Device, DeviceFault, Errno, Error, Place, Policy, Target};
 
 /// Waits, but not for ever. Touches no memory of its own: the address space may be stuck.

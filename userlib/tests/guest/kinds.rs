@@ -3,21 +3,19 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_kinds`.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use common::driver::{on_each_kind, Driver, GPUS};
-use common::kernel::{self, Entry};
-use common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
-use common::mirror::{
+use crate::common::driver::{on_each_kind, Driver, GPUS};
+use crate::common::kernel::{self, Entry};
+use crate::common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
+use crate::common::mirror::{
     both_check, device_check, device_check_by, device_check_zero, device_fill, device_fill_by,
     fault, mirrored, read, snapshot, wants, write, MAP, MIGRATE, READ, WRITE,
 };
-use common::{moved, places, to_device};
+use crate::common::{moved, places, to_device};
 use hmm_gpu::{Device, Errno, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -335,7 +333,8 @@ fn secret_memory_is_out_of_reach() {
         let plain = Area::filled(4, 2);
         to_device(device, *plain);
         read(device, plain.addr, &mut [0; 16], MAP).whole(16);
-        common::mirror::read_to(device, plain.addr, area.addr + 5, 2 * PAGE, MAP).whole(2 * PAGE);
+        crate::common::mirror::read_to(device, plain.addr, area.addr + 5, 2 * PAGE, MAP)
+            .whole(2 * PAGE);
         let words = plain.part(0, 2).pattern(2);
         let words: &[u8] = bytemuck::cast_slice(&words);
         // SAFETY: in the area.

@@ -3,21 +3,19 @@
 //! Runs in the virtual GPU host, whose memory is made to look like that of two nodes (`numa=fake=2`): one is broken up into pieces of
 //! less than 2 MiB, and a thread is bound to it. All else has the other one. By `bench/test guest_large_split`.
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::child::Child;
-use common::driver::{on_each_kind, Driver, GPUS, IN_SLOT};
-use common::huge::{self, assert_large, assert_small, Parts};
-use common::kernel;
-use common::memory::{Area, HUGE};
-use common::mirror::{device_check, device_fill, mirrored};
-use common::node::{Bound, Fragments};
-use common::random::Random;
-use common::turmoil::turmoil;
-use common::{assert_place, eventually, moved, patience, places, to_system};
+use crate::common::child::Child;
+use crate::common::driver::{on_each_kind, Driver, GPUS, IN_SLOT};
+use crate::common::huge::{self, assert_large, assert_small, Parts};
+use crate::common::kernel;
+use crate::common::memory::{Area, HUGE};
+use crate::common::mirror::{device_check, device_fill, mirrored};
+use crate::common::node::{Bound, Fragments};
+use crate::common::random::Random;
+use crate::common::turmoil::turmoil;
+use crate::common::{assert_place, eventually, moved, patience, places, to_system};
 use hmm_gpu::{Counters, Device, Place};
 
 /// Asserts that so many large folios or more had to be split, and that none came home whole.

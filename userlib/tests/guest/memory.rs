@@ -3,15 +3,13 @@
 //! Runs in the virtual GPU host, whose memory is made to look like that of two nodes (`numa=fake=2`): one is used up, and a thread is
 //! bound to it. All else has the other one. By `bench/test guest_memory`.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
-use common::driver::{Driver, GPUS};
-use common::kernel::Log;
-use common::memory::{Area, PAGE};
-use common::node::{self, Bound};
-use common::{assert_place, to_device, to_system};
+use crate::common::driver::{Driver, GPUS};
+use crate::common::kernel::Log;
+use crate::common::memory::{Area, PAGE};
+use crate::common::node::{self, Bound};
+use crate::common::{assert_place, to_device, to_system};
 use hmm_gpu::{Errno, Place, Target};
 
 const PAGES: usize = (160 << 20) / PAGE;

@@ -1,20 +1,18 @@
 //! The mirror: what the device reads and writes at a process's addresses.
 //!
-//! Runs in the virtual GPU host: `bench/test guest_mirror`.
-
-mod common;
+//! Runs in the virtual GPU host: `bench/test guest_mirrors`.
 
 use std::os::fd::AsRawFd;
 
-use common::driver::{counters, on_each_kind, Driver, GPUS};
-use common::kernel::{self};
-use common::memory::{Area, Span, HUGE, PAGE};
-use common::mirror::{
+use crate::common::driver::{counters, on_each_kind, Driver, GPUS};
+use crate::common::kernel::{self};
+use crate::common::memory::{Area, Span, HUGE, PAGE};
+use crate::common::mirror::{
     copy, device_check, device_check_by, device_check_zero, device_fill, device_fill_by, fault_all,
     mirrored, read, read_to, snapshot, table, write, write_from, MAP, MIGRATE, NONE, READ, WRITE,
 };
-use common::random::Random;
-use common::{assert_place, places, to_device};
+use crate::common::random::Random;
+use crate::common::{assert_place, places, to_device};
 use hmm_gpu::uapi::{
     HMM_GPU_PTE_REQUESTED as REQUESTED, HMM_GPU_PTE_SYSTEM as SYSTEM, HMM_GPU_PTE_VALID as VALID,
 };
@@ -161,7 +159,7 @@ fn guard(span: Span) {
 
 /// Two pages of a file that has none.
 fn past_a_file(span: Span) {
-    let file = common::memory::file(1, 0);
+    let file = crate::common::memory::file(1, 0);
     file.set_len(0).unwrap();
     span.map_over(RW, libc::MAP_SHARED, file.as_raw_fd());
 }
@@ -188,7 +186,7 @@ fn an_access_ends_at_the_first_byte_that_it_may_not_have() {
             // From inside of the second page to inside of the eighth.
             let (start, len) = (area.page(1).addr + 123, 6 * PAGE);
             let good = bad.addr - start;
-            let ends = |errno: Option<Errno>, ended: common::mirror::Ended| match errno {
+            let ends = |errno: Option<Errno>, ended: crate::common::mirror::Ended| match errno {
                 Some(errno) => {
                     ended.stopped(errno, good, bad.addr);
                     good

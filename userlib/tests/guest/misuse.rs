@@ -2,15 +2,13 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_misuse`.
 
-mod common;
-
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::driver::on_each_kind;
-use common::memory::{Area, PAGE};
-use common::misuse::{bad_ranges, call, sized, user_end, Bystander};
-use common::{assert_place, refused, to_device};
+use crate::common::driver::on_each_kind;
+use crate::common::memory::{Area, PAGE};
+use crate::common::misuse::{bad_ranges, call, sized, user_end, Bystander};
+use crate::common::{assert_place, refused, to_device};
 use hmm_gpu::uapi::{
     self, hmm_gpu_access, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_fault, hmm_gpu_migrate,
     hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
@@ -526,11 +524,11 @@ fn memory_that_a_userfaultfd_watches_is_left_to_it() {
         let area = Area::new(20);
         area.advise(libc::MADV_NOHUGEPAGE).unwrap();
         area.part(0, 5).fill(1);
-        let watch = common::userfault::Watch::new(*area);
+        let watch = crate::common::userfault::Watch::new(*area);
         let counts = device
             .prefetch_range(area.addr, area.bytes(), hmm_gpu::Target::Device)
             .unwrap();
-        assert_eq!(counts, common::moved(5, 0, 15, 0));
+        assert_eq!(counts, crate::common::moved(5, 0, 15, 0));
         drop(watch);
         area.part(0, 5).check(1);
         area.part(5, 15).check_zero();

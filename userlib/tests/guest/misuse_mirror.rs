@@ -3,16 +3,14 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_misuse_mirror`.
 
-mod common;
-
-use common::driver::on_each_kind;
-use common::memory::{Area, PAGE};
-use common::mirror::{
+use crate::common::driver::on_each_kind;
+use crate::common::memory::{Area, PAGE};
+use crate::common::mirror::{
     device_check, fault, mirrored, read, read_to, try_fault, wants, write, MAP, MIGRATE, NONE,
     READ, WRITE,
 };
-use common::misuse::{bad_ranges, call, user_end, Bystander};
-use common::to_device;
+use crate::common::misuse::{bad_ranges, call, user_end, Bystander};
+use crate::common::to_device;
 use hmm_gpu::uapi::{
     self, hmm_gpu_access, hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_mirror, hmm_gpu_snapshot,
     HMM_GPU_OP_COPY as OP_COPY, HMM_GPU_OP_READ as OP_READ, HMM_GPU_OP_WRITE as OP_WRITE,

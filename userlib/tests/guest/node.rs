@@ -2,15 +2,13 @@
 //!
 //! Runs in the virtual GPU host, with udev and the driver's rule: `bench/test guest_node`.
 
-mod common;
-
 use std::os::unix::fs::MetadataExt;
 
-use common::child::Child;
-use common::driver::{on_each_kind, Driver, GPUS};
-use common::kernel::{Log, Resource};
-use common::memory::{errno, Area};
-use common::{eventually, moved, refused, to_device, to_system};
+use crate::common::child::Child;
+use crate::common::driver::{on_each_kind, Driver, GPUS};
+use crate::common::kernel::{Log, Resource};
+use crate::common::memory::{errno, Area};
+use crate::common::{eventually, moved, refused, to_device, to_system};
 use hmm_gpu::{Capabilities, Device, Errno, Form, Source, Target};
 
 /// The number of the group `render`.

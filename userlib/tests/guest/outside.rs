@@ -3,8 +3,6 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_outside`.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -12,13 +10,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::child::Child;
-use common::driver::{Driver, GPUS};
-use common::memory::{errno, file, last_errno, Area, Span, PAGE};
-use common::mirror::{both_check, device_check, device_fill, read, read_to, write, MAP, MIGRATE};
-use common::uring::Ring;
-use common::userfault::Watch;
-use common::{assert_place, eventually, patience, places, to_device};
+use crate::common::child::Child;
+use crate::common::driver::{Driver, GPUS};
+use crate::common::memory::{errno, file, last_errno, Area, Span, PAGE};
+use crate::common::mirror::{
+    both_check, device_check, device_fill, read, read_to, write, MAP, MIGRATE,
+};
+use crate::common::uring::Ring;
+use crate::common::userfault::Watch;
+use crate::common::{assert_place, eventually, patience, places, to_device};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 const PAGES: usize = 32;
@@ -157,7 +157,7 @@ fn pinned_buffers_stay_and_the_device_reaches_them() {
         let moved = device
             .prefetch_range(area.addr, area.bytes(), Target::Device)
             .unwrap();
-        assert_eq!(moved, common::moved(0, 0, PAGES, 0));
+        assert_eq!(moved, crate::common::moved(0, 0, PAGES, 0));
     };
     let backing = file(PAGES, 0);
     for seed in [2, 4] {
@@ -176,7 +176,7 @@ fn pinned_buffers_stay_and_the_device_reaches_them() {
         // The device faults, to move: what cannot move is mapped.
         area.part(0, 10).protect(libc::PROT_READ);
         area.part(0, 10).protect(libc::PROT_READ | libc::PROT_WRITE);
-        common::mirror::device_fill_by(&device, area.part(0, 10), seed + 7, MIGRATE);
+        crate::common::mirror::device_fill_by(&device, area.part(0, 10), seed + 7, MIGRATE);
         assert_place(&device, *area, Place::System);
         ring.write(&backing, area.part(0, 10));
         let copy = area.part(0, 10).at(copy.addr);

@@ -3,15 +3,13 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_patches`.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
-use common::driver::{assert_empty, is_bound, on_each_kind, try_device_of, Driver, GPUS};
-use common::kernel::{self, Entry, Log, Resource};
-use common::memory::{Area, PAGE};
-use common::{places, to_device};
+use crate::common::driver::{assert_empty, is_bound, on_each_kind, try_device_of, Driver, GPUS};
+use crate::common::kernel::{self, Entry, Log, Resource};
+use crate::common::memory::{Area, PAGE};
+use crate::common::{places, to_device};
 use hmm_gpu::{Device, Errno, Form, Place};
 
 /// Patches 1 and 7: what reaches deep into mm is for GPL modules only.

@@ -2,14 +2,12 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_power`.
 
-mod common;
-
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::driver::{self, is_bound, Driver, GPUS, IN_SLOT};
-use common::memory::Area;
-use common::{assert_place, eventually, refused, to_device, Stop};
+use crate::common::driver::{self, is_bound, Driver, GPUS, IN_SLOT};
+use crate::common::memory::Area;
+use crate::common::{assert_place, eventually, refused, to_device, Stop};
 use hmm_gpu::{Device, Errno, Place, Policy};
 
 /// Puts the machine to sleep, as far as its processes: what the kernel itself offers as a test. Its file servers would not let it go

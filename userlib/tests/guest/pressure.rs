@@ -3,23 +3,21 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_pressure`.
 
-mod common;
-
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-use common::child::Child;
-use common::driver::{assert_empty, Driver, GPUS};
-use common::kernel::{self, Entry, Log};
-use common::memory::{errno, file, Area, Span, PAGE};
-use common::mirror::{
+use crate::common::child::Child;
+use crate::common::driver::{assert_empty, Driver, GPUS};
+use crate::common::kernel::{self, Entry, Log};
+use crate::common::memory::{errno, file, Area, Span, PAGE};
+use crate::common::mirror::{
     both_check, device_check, device_check_by, device_fill, device_fill_by, fault_all, mirrored,
     read, snapshot, MAP, MIGRATE, WRITE,
 };
-use common::swap::{reclaim, Swap};
-use common::{assert_place, eventually, places, to_device, to_system};
+use crate::common::swap::{reclaim, Swap};
+use crate::common::{assert_place, eventually, places, to_device, to_system};
 use hmm_gpu::{Device, Place, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -69,10 +67,10 @@ fn what_is_swapped_out_comes_back_to_the_device() {
     let word = 0x1122_3344_5566_7788_u64;
     for (page, policy) in [(3, MAP), (40, MIGRATE)] {
         let addr = area.page(page).addr + 800;
-        common::mirror::write(&device, addr, &word.to_ne_bytes(), policy).whole(8);
+        crate::common::mirror::write(&device, addr, &word.to_ne_bytes(), policy).whole(8);
         let mut words = area.page(page).pattern(8);
         words[100] = word;
-        let found = common::mirror::device_words(&device, area.page(page), MAP);
+        let found = crate::common::mirror::device_words(&device, area.page(page), MAP);
         assert!(found == words, "page {page}");
         area.page(page).fill(8);
     }
@@ -437,7 +435,7 @@ fn a_group_without_room_loses_its_process_and_nobody_else_anything() {
                         let part = more.part(first, 64);
                         let words = part.pattern(6);
                         let bytes: &[u8] = bytemuck::cast_slice(&words);
-                        let ended = common::mirror::write(&device, part.addr, bytes, MAP);
+                        let ended = crate::common::mirror::write(&device, part.addr, bytes, MAP);
                         if ended.result.is_err() {
                             // Killed, or told that there is no memory: who insists is killed.
                             more.fill(7);
@@ -457,7 +455,7 @@ fn a_group_without_room_loses_its_process_and_nobody_else_anything() {
     assert_eq!(group.events("oom_kill"), 2);
     drop(group);
     eventually("only our own pages are in VRAM", || {
-        let now = common::driver::counters(&device);
+        let now = crate::common::driver::counters(&device);
         now.live_pages == 100 + now.table_pages
     });
     both_check(&device, *area, 1);

@@ -2,16 +2,14 @@
 //!
 //! Runs in the virtual GPU host, with red zones around the kernel's slab objects: `bench/test guest_races`.
 
-mod common;
-
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
-use common::driver::{assert_empty, Driver, GPUS};
-use common::memory::{Area, Span, HUGE, PAGE};
-use common::random::Random;
-use common::{eventually, places, rounds};
+use crate::common::driver::{assert_empty, Driver, GPUS};
+use crate::common::memory::{Area, Span, HUGE, PAGE};
+use crate::common::random::Random;
+use crate::common::{eventually, places, rounds};
 use hmm_gpu::{Device, Errno, Target};
 
 /// Moves what can be moved; a range that is being unmapped may be empty by then.
@@ -38,7 +36,7 @@ fn remap(from: Span, to: usize) -> Span {
             to as *mut libc::c_void,
         )
     };
-    assert_eq!(new as usize, to, "{}", common::memory::last_errno());
+    assert_eq!(new as usize, to, "{}", crate::common::memory::last_errno());
     from.at(to)
 }
 
@@ -154,7 +152,7 @@ fn merged_pages_stay_in_system_memory() {
     let moved = device
         .prefetch_range(first.addr, first.bytes(), Target::Device)
         .unwrap();
-    assert_eq!(moved, common::moved(0, 0, PAGES, 0));
+    assert_eq!(moved, crate::common::moved(0, 0, PAGES, 0));
     assert_eq!(places(&device, *first).counts().system, PAGES);
     // More of the same: ksmd compares them with those that were to move.
     let second = mergeable();
@@ -168,7 +166,7 @@ fn merged_pages_stay_in_system_memory() {
     let moved = device
         .prefetch_range(first.addr, first.bytes(), Target::Device)
         .unwrap();
-    assert_eq!(moved, common::moved(PAGES, 0, 0, 0));
+    assert_eq!(moved, crate::common::moved(PAGES, 0, 0, 0));
     check(&first);
     ksm("run", "0");
     drop((first, second));
@@ -217,7 +215,7 @@ fn everything_at_once_loses_nothing() {
                     // SAFETY: it ends the child.
                     0 => unsafe { libc::_exit(0) },
                     child => {
-                        assert!(child > 0, "{}", common::memory::last_errno());
+                        assert!(child > 0, "{}", crate::common::memory::last_errno());
                         // SAFETY: it waits for the child just made.
                         let ended = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
                         assert_eq!(ended, child);

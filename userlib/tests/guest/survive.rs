@@ -3,19 +3,17 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_survive`.
 
-mod common;
-
 use std::time::Duration;
 
-use common::child::Child;
-use common::driver::{assert_empty, on_each_kind, Driver, GPUS};
-use common::memory::{last_errno, Area, Span, HUGE, PAGE};
-use common::mirror::{
+use crate::common::child::Child;
+use crate::common::driver::{assert_empty, on_each_kind, Driver, GPUS};
+use crate::common::memory::{last_errno, Area, Span, HUGE, PAGE};
+use crate::common::mirror::{
     both_check, device_check, device_check_by, device_check_zero, device_fill, device_fill_by,
     mirrored, read, snapshot, write, MAP, MIGRATE,
 };
-use common::random::Random;
-use common::{assert_place, eventually, rounds, to_device};
+use crate::common::random::Random;
+use crate::common::{assert_place, eventually, rounds, to_device};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -145,7 +143,7 @@ fn protection_holds_for_the_device_too() {
         for round in 0..3 {
             let seed = 1 + round;
             area.protect(libc::PROT_READ);
-            let writable = |seen: &common::mirror::Seen| seen.is_mirrored_writable();
+            let writable = |seen: &crate::common::mirror::Seen| seen.is_mirrored_writable();
             assert!(!snapshot(device, *area).iter().any(writable));
             for page in [0, 19, 20, 39] {
                 let addr = area.page(page).addr;
@@ -220,7 +218,7 @@ fn advice_is_followed_and_loses_nothing_else() {
         area.advise(libc::MADV_FREE).unwrap();
         device_fill(device, area.part(10, 20), 6);
         for page in 0..40 {
-            let words = common::mirror::device_words(device, area.page(page), MAP);
+            let words = crate::common::mirror::device_words(device, area.page(page), MAP);
             let written = (10..30).contains(&page);
             if written || words.iter().any(|&word| word != 0) {
                 let seed = if written { 6 } else { 5 };
@@ -378,7 +376,7 @@ fn a_process_that_is_killed_in_the_middle_of_accesses_leaves_nothing() {
     }
     assert_empty(&device);
     eventually("no table is left", || {
-        common::driver::counters(&device).table_pages == 0
+        crate::common::driver::counters(&device).table_pages == 0
     });
     let area = mirrored_area(&device, 500, 6);
     both_check(&device, *area, 6);

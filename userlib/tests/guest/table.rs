@@ -2,28 +2,26 @@
 //!
 //! Runs in the virtual GPU host with `iomem=relaxed`, so that a BAR that is in use can be looked at: `bench/test guest_table`.
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::bar::Bar;
-use common::driver::{assert_empty, counters, on_each_kind, Driver, GPUS};
-use common::kernel::{self, Entry};
-use common::memory::{Area, Span, HUGE, PAGE};
-use common::mirror::{
+use crate::common::bar::Bar;
+use crate::common::driver::{assert_empty, counters, on_each_kind, Driver, GPUS};
+use crate::common::kernel::{self, Entry};
+use crate::common::memory::{Area, Span, HUGE, PAGE};
+use crate::common::mirror::{
     both_check, device_check, device_check_by, device_check_zero, device_fill, device_fill_by,
     fault, fault_all, mirrored, read, snapshot, table, try_fault, wants, write, MAP, MIGRATE, NONE,
     READ, WRITE,
 };
-use common::random::Random;
-use common::{assert_place, eventually, patience, places, to_device};
+use crate::common::random::Random;
+use crate::common::{assert_place, eventually, patience, places, to_device};
 use hmm_gpu::uapi::{
     HMM_GPU_MAX_FAULTS as MAX_FAULTS, HMM_GPU_PTE_OFFSET_MASK as OFFSET,
     HMM_GPU_PTE_REQUESTED as REQUESTED, HMM_GPU_PTE_SYSTEM as SYSTEM, HMM_GPU_PTE_VALID as VALID,
     HMM_GPU_PTE_WRITABLE as WRITABLE,
 };
-use hmm_gpu::{Device, Errno, Place, Target};
+use hmm_gpu::{Device, Errno, Place};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 const ANONYMOUS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -156,14 +154,16 @@ fn as_many_faults_as_the_interface_says() {
 /// what cannot be had then.
 #[test]
 fn with_vram_full_faults_map_in_place() {
-    let driver = Driver::load("soft=1 soft_mib=4");
+    let driver = Driver::load("soft=1 soft_mib=2");
     let device = Device::open(0).unwrap();
     let area = Area::filled(64, 7);
     // Nodes for all of it.
     device_check(&device, area.page(0), 7);
-    let filler = Area::new(1024);
-    let full = device.prefetch_range(filler.addr, filler.bytes(), Target::Device);
-    assert_eq!(common::refused(full), Errno::NOSPC);
+    // Tables are not evicted: one that has a leaf for every page of VRAM leaves no room.
+    let (filler, sparse) = (Device::open(0).unwrap(), Area::new(HUGE * HUGE));
+    sparse.advise(libc::MADV_NOHUGEPAGE).unwrap();
+    let full = (0..HUGE).map(|i| read(&filler, sparse.page(i * HUGE).addr, &mut [0], MAP).result);
+    assert_eq!(full.last(), Some(Err(Errno::NOSPC)));
     assert_eq!(device.describe().unwrap().vram_free_bytes, 0);
     let before = counters(&device);
     assert_eq!(fault_all(&device, *area, WRITE, MIGRATE), 0);
@@ -177,7 +177,7 @@ fn with_vram_full_faults_map_in_place() {
     let mut answer = hmm_gpu::uapi::hmm_gpu_mirror::default();
     let number = hmm_gpu::uapi::HMM_GPU_MIRROR;
     assert_eq!(
-        common::mirror::call(&late, number, &mut answer),
+        crate::common::mirror::call(&late, number, &mut answer),
         Err(Errno::NOSPC)
     );
     for policy in [MAP, MIGRATE] {
@@ -468,7 +468,7 @@ fn a_table_is_as_big_as_what_it_maps_and_goes_with_its_file() {
         });
         // With its process.
         let path = device.path();
-        let mut child = common::child::Child::fork(|test| {
+        let mut child = crate::common::child::Child::fork(|test| {
             let client = Device::open_path(path).unwrap();
             read_all(&client);
             test.send(table(&client).nodes);

@@ -3,17 +3,15 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_teardown`.
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::child::{Child, Link};
-use common::driver::{assert_empty, device_of, on_each_kind, try_device_of, Driver, GPUS};
-use common::kernel;
-use common::memory::{Area, PAGE};
-use common::random::Random;
-use common::{assert_place, patience, places, rounds, to_device, userfault};
+use crate::common::child::{Child, Link};
+use crate::common::driver::{assert_empty, device_of, on_each_kind, try_device_of, Driver, GPUS};
+use crate::common::kernel;
+use crate::common::memory::{Area, PAGE};
+use crate::common::random::Random;
+use crate::common::{assert_place, patience, places, rounds, to_device, userfault};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 /// Catches VRAM that a process takes with it when it ends.
@@ -260,7 +258,7 @@ fn a_gpu_is_bound_and_unbound_a_hundred_times() {
             if round % 2 == 0 {
                 orders.store(WORK, Ordering::Relaxed);
                 let before = moves.load(Ordering::Relaxed);
-                common::eventually("the processes have moved pages", || {
+                crate::common::eventually("the processes have moved pages", || {
                     moves.load(Ordering::Relaxed) > before + 4
                 });
             }

@@ -3,21 +3,19 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_twins`.
 
-mod common;
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use common::child::Child;
-use common::driver::{counters, Driver, GPUS};
-use common::memory::{Area, HUGE, PAGE};
-use common::mirror::{
+use crate::common::child::Child;
+use crate::common::driver::{counters, Driver, GPUS};
+use crate::common::memory::{Area, HUGE, PAGE};
+use crate::common::mirror::{
     both_check, copy, device_check, device_check_by, device_check_zero, device_fill,
     device_fill_by, mirrored, read, snapshot, try_snapshot, write, Ended, MAP, MIGRATE,
 };
-use common::random::Random;
-use common::{assert_place, places, rounds, to_device, to_system};
+use crate::common::random::Random;
+use crate::common::{assert_place, places, rounds, to_device, to_system};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -692,7 +690,7 @@ fn everything_at_once_and_nobody_finds_a_strangers_bytes() {
                         unsafe { libc::_exit(0) }
                     }
                     child => {
-                        assert!(child > 0, "{}", common::memory::last_errno());
+                        assert!(child > 0, "{}", crate::common::memory::last_errno());
                         // SAFETY: it waits for the child just made.
                         let ended = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
                         assert_eq!(ended, child);
@@ -706,7 +704,7 @@ fn everything_at_once_and_nobody_finds_a_strangers_bytes() {
     assert!(steps > 20, "{steps}");
     for (page, owned) in pages.iter().enumerate() {
         let holds = *owned.generation.lock().unwrap();
-        let found = common::mirror::device_words(&clients[page % 3], area.page(page), MAP);
+        let found = crate::common::mirror::device_words(&clients[page % 3], area.page(page), MAP);
         check_words("the device", page, &found, holds);
     }
     drop((memory, clients));

@@ -2,16 +2,14 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_unplug`. One test, since the GPU does not come back.
 
-mod common;
-
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
-use common::child::Child;
-use common::driver::{self, is_bound, Driver, IN_SLOT};
-use common::kernel::Log;
-use common::memory::Area;
-use common::{assert_place, eventually, is_checking, refused, to_device, to_system};
+use crate::common::child::Child;
+use crate::common::driver::{self, is_bound, Driver, IN_SLOT};
+use crate::common::kernel::Log;
+use crate::common::memory::Area;
+use crate::common::{assert_place, eventually, is_checking, refused, to_device, to_system};
 use hmm_gpu::{Device, Errno, Place, Policy};
 
 /// The port that the slot belongs to.
@@ -108,7 +106,7 @@ fn what_is_lost_with_a_gpu_is_not_replaced_by_something_else() {
     drop((device, lost, brought_back, never_there));
 
     // And the driver serves others.
-    let device: Device = driver.bind(common::driver::GPUS[0]);
+    let device: Device = driver.bind(crate::common::driver::GPUS[0]);
     let area = Area::filled(100, 5);
     to_device(&device, *area);
     assert_place(&device, *area, Place::Device);

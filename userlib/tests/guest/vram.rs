@@ -2,15 +2,13 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_vram`.
 
-mod common;
-
 use std::fs;
 use std::os::fd::AsRawFd;
 
-use common::driver::{assert_empty, on_each_kind, Driver, GPUS};
-use common::kernel::Resource;
-use common::memory::{Area, PAGE};
-use common::{assert_place, assert_witness, moved, places, to_device, to_system};
+use crate::common::driver::{assert_empty, on_each_kind, Driver, GPUS};
+use crate::common::kernel::Resource;
+use crate::common::memory::{Area, PAGE};
+use crate::common::{assert_place, assert_witness, moved, places, to_device, to_system};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;

@@ -18,13 +18,6 @@ pub fn iomem() -> String {
     fs::read_to_string("/proc/iomem").unwrap()
 }
 
-/// The first line of `iomem` that is new, if any is.
-pub fn new_in<'a>(iomem: &'a str, before: &str) -> Option<&'a str> {
-    iomem
-        .lines()
-        .find(|line| !before.lines().any(|old| old == *line))
-}
-
 /// A line of `/proc/iomem`, `c000000000-c03fffffff : 0000:00:12.0`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resource {

@@ -54,10 +54,6 @@ impl Span {
         self.pages * PAGE
     }
 
-    pub fn end(self) -> usize {
-        self.addr + self.bytes()
-    }
-
     /// Some of the pages.
     #[track_caller]
     pub fn part(self, first: usize, pages: usize) -> Self {
@@ -231,7 +227,7 @@ impl Area {
         );
         // Far below what the kernel picks, which is the highest gap that fits: so no other thread's memory comes to be in a hole that
         // a test makes.
-        static NEXT: AtomicUsize = AtomicUsize::new(1 << 44);
+        static NEXT: AtomicUsize = AtomicUsize::new(1 << 45);
         let addr = NEXT.fetch_add((pages + 1) * PAGE, Ordering::Relaxed) as *mut _;
         let flags = flags | libc::MAP_FIXED_NOREPLACE;
         // SAFETY: a new map in the place of no other touches no memory there is.

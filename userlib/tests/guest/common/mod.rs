@@ -3,8 +3,7 @@
 //!
 //! A test loads the module with a [`driver::Driver`], which proves at its end that nothing is left of it.
 
-// Every test program uses a part of this.
-#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 pub mod bar;
 pub mod child;

@@ -1,0 +1,34 @@
+//! The tests that run in the virtual GPU host: `bench/test guest_NAME` runs those of module NAME.
+//!
+//! One program, because each would have all of `common` compiled anew.
+
+mod common;
+
+mod access;
+mod atomic;
+mod content;
+mod debug_injection;
+mod dmirror;
+mod failures;
+mod fork;
+mod hostile;
+mod kinds;
+mod large;
+mod large_split;
+mod memory;
+mod mirrors;
+mod misuse;
+mod misuse_mirror;
+mod node;
+mod outside;
+mod oversubscribed;
+mod patches;
+mod power;
+mod pressure;
+mod races;
+mod survive;
+mod table;
+mod teardown;
+mod twins;
+mod unplug;
+mod vram;
