@@ -7,6 +7,7 @@
 
 use crate::{
     alloc::{Allocator, BLOCK_BYTES},
+    around::Around,
     counters::Counters,
     evict::evict_once,
     fail::Step,
@@ -54,6 +55,7 @@ pub(crate) struct DeviceMemory {
     pub(crate) counters: Counters,
     pub(crate) sleep: Arc<Sleep>,
     pub(crate) splitter: Arc<Splitter>,
+    around: Around,
     #[cfg(CONFIG_KASAN)]
     poison: crate::poison::Poison,
 }
@@ -74,6 +76,7 @@ impl DeviceMemory {
             counters: Counters::new(),
             sleep: Arc::pin_init(Sleep::new(), GFP_KERNEL)?,
             splitter: Splitter::new()?,
+            around: Around::new()?,
         })
     }
 
@@ -160,8 +163,7 @@ impl Ops for DeviceMemory {
         let memory = map.data();
         memory.counters.cpu_faults.add(1);
         if fault.order() == 0 {
-            let outcome = fault_back(map, &fault, Entries::new(&mut [0], &mut [0]), None);
-            return outcome.unwrap_or(FaultOutcome::Retry);
+            return fault_back_small(map, &fault);
         }
         if !memory.splitter.is_busy() {
             let Ok(mut scratch) = Scratch::new() else {
@@ -170,7 +172,7 @@ impl Ops for DeviceMemory {
             // First: what cannot move had better not be collected, which unmaps it everywhere.
             match new_folio(fault.order(), Effort::PageFault) {
                 Ok(spare) => {
-                    let outcome = fault_back(map, &fault, scratch.entries(), Some(spare));
+                    let outcome = fault_back(map, &fault, 1, scratch.entries(), Some(spare));
                     if let Some(outcome) = outcome {
                         return outcome;
                     }
@@ -227,21 +229,44 @@ impl Ops for DeviceMemory {
     }
 }
 
-/// Brings what the CPU touched to system memory. Returns nothing if it is a large folio that has to be
-/// split first.
+/// Brings a page that the CPU touched to system memory, and with it what it will touch next.
+fn fault_back_small(map: &PageMap<DeviceMemory>, fault: &Fault<'_, DeviceMemory>) -> FaultOutcome {
+    let memory = map.data();
+    let (addr, space) = fault.place();
+    let pages = memory.around.touched(space, addr);
+    let words = Entries::words(pages);
+    let arrays = (pages > 1)
+        .then(|| {
+            let array = || KVec::from_elem(0, words, GFP_KERNEL).ok();
+            array().zip(array())
+        })
+        .flatten();
+    let outcome = match arrays {
+        Some((mut src, mut dst)) => {
+            fault_back(map, fault, pages, Entries::new(&mut src, &mut dst), None)
+        }
+        None => fault_back(map, fault, 1, Entries::new(&mut [0], &mut [0]), None),
+    };
+    outcome.unwrap_or(FaultOutcome::Retry)
+}
+
+/// Brings what the CPU touched to system memory, and up to `pages` in all. Returns nothing if it is a large
+/// folio that has to be split first.
 fn fault_back<'a>(
     map: &PageMap<DeviceMemory>,
     fault: &Fault<'a, DeviceMemory>,
+    pages: usize,
     entries: Entries<'a>,
     spare: Option<SystemFolio>,
 ) -> Option<FaultOutcome> {
     let memory = map.data();
-    let Ok(collected) = fault.collect(entries) else {
+    let Ok(collected) = fault.collect(pages, entries) else {
         // The kernel says this of a mapping that could not have had the page in the first place.
         return Some(FaultOutcome::Lost);
     };
     let outcome = move_to_system(collected, Cause::Fault, &mut [], spare);
-    if outcome.without_memory.is_some() {
+    // That there is none for what comes along is no failure.
+    if outcome.without_memory == Some(0) {
         return Some(FaultOutcome::NoMemory);
     }
     if outcome.lost {

@@ -7,6 +7,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod alloc;
+mod around;
 mod bitmap;
 mod client;
 mod counters;
@@ -57,6 +58,10 @@ module! {
         fair_share: u32 {
             default: 100,
             description: "Percent of an equal share of the VRAM that others do not take from a client before their own (0 to 100)",
+        },
+        fault_around: u32 {
+            default: 64,
+            description: "The most pages that come along when touches follow one another, in pages of 4 KiB (1: none, at most 512)",
         },
         add_resource: bool {
             default: false,

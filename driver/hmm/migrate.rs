@@ -21,7 +21,12 @@ use crate::{
     sys::{bindings, mapping::Written},
 };
 use core::{marker::PhantomData, mem::ManuallyDrop, ops::Range};
-use kernel::{error::to_result, mm::Mm, prelude::*, sync::aref::ARef};
+use kernel::{
+    error::to_result,
+    mm::{virt::VmaRef, Mm},
+    prelude::*,
+    sync::aref::ARef,
+};
 
 const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
 const MIGRATE: usize = bindings::MIGRATE_PFN_MIGRATE as usize;
@@ -533,8 +538,18 @@ impl<'a, T: Ops> Fault<'a, T> {
         }
     }
 
-    /// Sets up a migration of what was touched: `1 << order()` pages.
-    pub(crate) fn collect(&self, entries: Entries<'a>) -> Result<Collected<'a, T>> {
+    /// The address that was touched, and the address space as a number.
+    pub(crate) fn place(&self) -> (usize, usize) {
+        // SAFETY: By the type invariants.
+        unsafe {
+            let vma = (*self.vmf).__bindgen_anon_1.vma;
+            ((*self.vmf).__bindgen_anon_1.address, (*vma).vm_mm.addr())
+        }
+    }
+
+    /// Sets up a migration of what was touched: `1 << order()` pages, or `pages` from what was touched on,
+    /// if that is a page, as far as its mapping goes.
+    pub(crate) fn collect(&self, pages: usize, entries: Entries<'a>) -> Result<Collected<'a, T>> {
         // SAFETY: By the type invariants.
         let (vma, address, page) = unsafe {
             (
@@ -546,6 +561,13 @@ impl<'a, T: Ops> Fault<'a, T> {
         let order = self.order();
         let len = PAGE_BYTES << order;
         let start = address & !(len - 1);
+        let end = if order > 0 {
+            start + len
+        } else {
+            // SAFETY: As above.
+            let end = unsafe { VmaRef::from_raw(vma) }.end();
+            start.saturating_add(pages.max(1) * PAGE_BYTES).min(end)
+        };
         let flags = if order > 0 {
             SELECT_DEVICE | SELECT_COMPOUND
         } else {
@@ -553,7 +575,7 @@ impl<'a, T: Ops> Fault<'a, T> {
         };
         // SAFETY: The fault holds the mmap lock, and its page is locked and referenced, by the type
         // invariants.
-        unsafe { Collected::setup(vma, start, start + len, flags, page, entries) }
+        unsafe { Collected::setup(vma, start, end, flags, page, entries) }
     }
 }
 

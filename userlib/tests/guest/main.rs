@@ -5,6 +5,7 @@
 mod common;
 
 mod access;
+mod around;
 mod atomic;
 mod content;
 mod debug_injection;
