@@ -54,6 +54,9 @@ pub(crate) struct Counters {
     pub(crate) large_failures: Counter,
     pub(crate) pressure: Counter,
     pub(crate) evictions: Counter,
+    pub(crate) bounces: Counter,
+    pub(crate) kept: Counter,
+    pub(crate) around: Counter,
 }
 
 impl Counters {
@@ -86,6 +89,9 @@ impl Counters {
             large_failures: Counter::new(),
             pressure: Counter::new(),
             evictions: Counter::new(),
+            bounces: Counter::new(),
+            kept: Counter::new(),
+            around: Counter::new(),
         }
     }
 
@@ -124,6 +130,9 @@ impl Counters {
             large_failures: self.large_failures.get(),
             pressure_pages: self.pressure.get(),
             evictions: self.evictions.get(),
+            bounces: self.bounces.get(),
+            kept_pages: self.kept.get(),
+            around_pages: self.around.get(),
         }
     }
 }

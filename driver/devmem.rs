@@ -8,6 +8,7 @@
 use crate::{
     alloc::{Allocator, BLOCK_BYTES},
     around::Around,
+    bounce::Bounces,
     counters::Counters,
     evict::evict_once,
     fail::Step,
@@ -56,6 +57,7 @@ pub(crate) struct DeviceMemory {
     pub(crate) sleep: Arc<Sleep>,
     pub(crate) splitter: Arc<Splitter>,
     around: Around,
+    pub(crate) bounces: Bounces,
     #[cfg(CONFIG_KASAN)]
     poison: crate::poison::Poison,
 }
@@ -77,6 +79,7 @@ impl DeviceMemory {
             sleep: Arc::pin_init(Sleep::new(), GFP_KERNEL)?,
             splitter: Splitter::new()?,
             around: Around::new()?,
+            bounces: Bounces::new()?,
         })
     }
 
@@ -233,6 +236,9 @@ impl Ops for DeviceMemory {
 fn fault_back_small(map: &PageMap<DeviceMemory>, fault: &Fault<'_, DeviceMemory>) -> FaultOutcome {
     let memory = map.data();
     let (addr, space) = fault.place();
+    memory
+        .bounces
+        .came_back(space, addr, &memory.counters.bounces);
     let pages = memory.around.touched(space, addr);
     let words = Entries::words(pages);
     let arrays = (pages > 1)
@@ -275,8 +281,9 @@ fn fault_back<'a>(
     if outcome.stuck > 0 {
         return None;
     }
-    if outcome.moved == 0 {
-        memory.counters.cpu_fault_retries.add(1);
+    match outcome.moved {
+        0 => memory.counters.cpu_fault_retries.add(1),
+        moved => memory.counters.around.add(moved - (1 << fault.order())),
     }
     Some(FaultOutcome::Retry)
 }

@@ -465,12 +465,21 @@ impl Call<'_> {
 
     /// Moves the range to the device, maps there what is on it, and reads it back.
     fn to_device(&self, command: &mut Command) -> Result {
+        // The kernel may have a page in its hands, or take it, before all is read.
+        const ATTEMPTS: usize = 8;
+
         let mut service = self.service()?;
-        self.migrate(Target::Device, |start, end, _| {
-            service.want(start, end, Access::Read);
-            service.map_own(start & !(WINDOW_BYTES - 1))
-        })?;
-        self.read_back(command)
+        for attempt in 1.. {
+            self.migrate(Target::Device, |start, end, _| {
+                service.want(start, end, Access::Read);
+                service.map_own(start & !(WINDOW_BYTES - 1))
+            })?;
+            match self.read_back(command) {
+                Err(error) if error == ENOENT && attempt < ATTEMPTS => (),
+                result => return result,
+            }
+        }
+        Err(ENOENT)
     }
 
     fn to_system(&self, command: &mut Command) -> Result {

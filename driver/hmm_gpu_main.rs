@@ -9,6 +9,7 @@
 mod alloc;
 mod around;
 mod bitmap;
+mod bounce;
 mod client;
 mod counters;
 mod devmem;
@@ -62,6 +63,10 @@ module! {
         fault_around: u32 {
             default: 64,
             description: "The most pages that come along when touches follow one another, in pages of 4 KiB (1: none, at most 512)",
+        },
+        bounce_ms: u32 {
+            default: 20,
+            description: "How soon a page has to come back from the device for it to be a bounce, in milliseconds (0: never)",
         },
         add_resource: bool {
             default: false,

@@ -348,14 +348,29 @@ impl<'a> Service<'a> {
     fn migrate(&mut self, base: usize) -> Result {
         let mut from = 0;
         while let Some((first, end, _)) = self.next_run(from) {
-            from = end;
             let Some(request) = &mut self.request else {
                 return Ok(());
             };
             request.set_turn(self.taker);
-            let (start, stop) = (base + first * PAGE_BYTES, base + end * PAGE_BYTES);
+            let at = |i: usize| base + i * PAGE_BYTES;
+            // What bounces stays, and what is between it goes.
+            let (go, stay) = {
+                let map = self.seat.gate.enter()?;
+                let memory = map.data();
+                let space = self.mm.as_raw().addr();
+                let may_go = |i: &usize| memory.bounces.may_go(space, at(*i));
+                let go = (first..end).take_while(may_go).count();
+                let stay = (first + go + 1..end).take_while(|i| !may_go(i)).count();
+                let stay = if first + go < end { stay + 1 } else { 0 };
+                memory.counters.kept.add(stay);
+                (first + go, stay)
+            };
+            from = (go + stay).max(first + 1);
+            if go == first {
+                continue;
+            }
             let mut progress = Progress::default();
-            match request.run(self.mm, start, stop, &mut progress) {
+            match request.run(self.mm, at(first), at(go), &mut progress) {
                 Err(error) if error == EINTR || error == ENODEV => return Err(error),
                 // It is a wish. What cannot be moved is mapped where it lies.
                 Err(error) if error == ENOSPC => self.request = None,

@@ -37,7 +37,7 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 /// `RESIDENCY`: tells where each page of a range is. Moves nothing.
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
-pub const HMM_GPU_COUNTERS: u32 = 0xC0D8_E803;
+pub const HMM_GPU_COUNTERS: u32 = 0xC0F0_E803;
 /// `MIRROR`: describes the file's device page table. Since version 2.
 pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
 /// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
@@ -265,6 +265,12 @@ pub struct hmm_gpu_counters {
     pub pressure_pages: u64,
     /// Blocks of 2 MiB from which pages were moved for that.
     pub evictions: u64,
+    /// CPU faults on pages that had gone to the device for a device fault less than `bounce_ms` before.
+    pub bounces: u64,
+    /// Pages that a device fault was to move and that stayed, because they bounce.
+    pub kept_pages: u64,
+    /// Those of `fault_back_pages` that came along with what was touched.
+    pub around_pages: u64,
 }
 
 /// The entry is there. For a device page table's inner nodes: the offset is that of the next node.

@@ -114,6 +114,12 @@ counters! {
     pressure_pages,
     /// Blocks of 2 MiB from which pages were moved for that, in blocks.
     evictions,
+    /// CPU faults on pages that had gone to the device for a device fault just before, in faults.
+    bounces,
+    /// Pages that a device fault was to move and that stayed, because they bounce.
+    kept_pages,
+    /// Those of `fault_back_pages` that came along with what was touched.
+    around_pages,
 }
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ rust_facts! {
             fault_back_pages, evicted_pages, cpu_faults, cpu_fault_retries, skipped_pages, vram_failures,
             system_failures, device_faults, mapped_pages, invalidations, table_pages, device_read_bytes,
             device_written_bytes, from_other_pages, to_other_pages, large_to_device, large_to_system, large_failures,
-            pressure_pages, evictions,
+            pressure_pages, evictions, bounces, kept_pages, around_pages,
         }
         hmm_gpu_mirror { flags, levels, root_offset, nodes, entries, invalidations, reserved }
         hmm_gpu_access {

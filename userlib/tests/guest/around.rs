@@ -2,8 +2,11 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_around`.
 
-use crate::common::driver::{counters, Driver};
+use std::time::Duration;
+
+use crate::common::driver::{counters, Driver, GPUS};
 use crate::common::memory::{Area, Span, HUGE};
+use crate::common::mirror::{device_check_by, device_fill_by, MIGRATE};
 use crate::common::{assert_place, places, to_device};
 use hmm_gpu::{Device, Place};
 
@@ -22,7 +25,7 @@ fn resident(device: &Device, span: Span) -> usize {
 /// Catches sequential touches that fault for each page, and neighbours that come back with a byte wrong.
 #[test]
 fn who_touches_page_after_page_gets_more_each_time() {
-    let (driver, device) = Driver::load_with("", crate::common::driver::GPUS[0]);
+    let (driver, device) = Driver::load_with("", GPUS[0]);
     let area = Area::filled(4 * HUGE, 1);
     to_device(&device, *area);
     // 1, 2, 4, 8, 16, 32, and 64 from there on: in all 4 times 2 MiB, where each begins anew at the end of the last.
@@ -38,7 +41,7 @@ fn who_touches_page_after_page_gets_more_each_time() {
 /// Catches a touch here and there that brings back what nobody asked for.
 #[test]
 fn who_touches_at_random_gets_one_page_each() {
-    let (driver, device) = Driver::load_with("", crate::common::driver::GPUS[0]);
+    let (driver, device) = Driver::load_with("", GPUS[0]);
     let area = Area::filled(2 * HUGE, 2);
     to_device(&device, *area);
     // No two are neighbours, in an order that goes up and down.
@@ -55,10 +58,7 @@ fn who_touches_at_random_gets_one_page_each() {
 #[test]
 fn the_parameter_is_the_most_that_comes() {
     for (limit, most) in [(1, 1), (2, 2), (16, 16), (100_000, HUGE)] {
-        let (driver, device) = Driver::load_with(
-            &format!("fault_around={limit}"),
-            crate::common::driver::GPUS[0],
-        );
+        let (driver, device) = Driver::load_with(&format!("fault_around={limit}"), GPUS[0]);
         let area = Area::filled(4 * HUGE, 3);
         to_device(&device, *area);
         let mut page = 0;
@@ -85,7 +85,7 @@ fn the_parameter_is_the_most_that_comes() {
 /// Catches neighbours that are brought from beyond the mapping, from holes, or from what may not be touched.
 #[test]
 fn what_is_not_there_does_not_come_along() {
-    let (driver, device) = Driver::load_with("", crate::common::driver::GPUS[0]);
+    let (driver, device) = Driver::load_with("", GPUS[0]);
     let area = Area::filled(400, 4);
     to_device(&device, *area);
     area.part(50, 10).advise(libc::MADV_DONTNEED).unwrap();
@@ -104,6 +104,56 @@ fn what_is_not_there_does_not_come_along() {
     area.part(100, 20).check(4);
     area.part(50, 10).check_zero();
     area.part(300, 100).check(4);
+    drop((area, device));
+    driver.finish();
+}
+
+/// Catches a page that both sides want and that goes there and back for ever, and one that stays for ever since it once did.
+#[test]
+fn a_page_that_bounces_stays_for_a_while() {
+    let (driver, device) = Driver::load_with("bounce_ms=500", GPUS[0]);
+    let area = Area::filled(20, 5);
+    let page = area.page(10);
+    let before = counters(&device);
+    for seed in 6..9 {
+        device_fill_by(&device, *area, seed, MIGRATE);
+        assert_place(&device, page, Place::Device);
+        page.check(seed);
+    }
+    assert_eq!(counters(&device).bounces - before.bounces, 3);
+    // It is reached where it is, and its neighbours go.
+    device_fill_by(&device, *area, 9, MIGRATE);
+    assert_place(&device, page, Place::System);
+    assert_place(&device, area.part(0, 10), Place::Device);
+    assert_place(&device, area.part(11, 9), Place::Device);
+    assert_eq!(counters(&device).kept_pages - before.kept_pages, 1);
+    page.check(9);
+    // Who asks for it to go is served.
+    to_device(&device, *area);
+    page.check(9);
+    std::thread::sleep(Duration::from_millis(5100));
+    device_check_by(&device, *area, 9, MIGRATE);
+    // Its entry is there still: another has to miss it.
+    let other = Device::open_path(device.path()).unwrap();
+    device_check_by(&other, *area, 9, MIGRATE);
+    assert_place(&device, page, Place::Device);
+    area.check(9);
+    drop((area, device, other));
+    driver.finish();
+}
+
+/// Catches pages that are said to bounce although nobody wants that known.
+#[test]
+fn without_a_window_nothing_bounces() {
+    let (driver, device) = Driver::load_with("bounce_ms=0", GPUS[0]);
+    let area = Area::filled(5, 1);
+    for seed in 2..10 {
+        device_fill_by(&device, *area, seed, MIGRATE);
+        assert_place(&device, *area, Place::Device);
+        area.check(seed);
+    }
+    let work = counters(&device);
+    assert_eq!((work.bounces, work.kept_pages), (0, 0));
     drop((area, device));
     driver.finish();
 }

@@ -51,6 +51,13 @@ impl Driver {
             "the module is still loaded from the test before"
         );
         let iomem = kernel::iomem();
+        // Where a page is should not depend on how fast the machine is.
+        let still = if parameters.contains("bounce_ms") {
+            ""
+        } else {
+            " bounce_ms=0"
+        };
+        let parameters = &format!("{parameters}{still}");
         kernel::insert_module(Path::new(kernel::MODULE), parameters)?;
         Ok(Self {
             iomem,
