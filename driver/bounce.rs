@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{counters::Counter, hmm::PAGE_BYTES};
+use crate::hmm::PAGE_BYTES;
 use kernel::{
     prelude::*,
     sync::atomic::{Atomic, Relaxed},
@@ -66,22 +66,23 @@ impl Bounces {
         true
     }
 
-    /// The CPU touched the page at `addr` of address space `space`, which is on the device.
-    pub(crate) fn came_back(&self, space: usize, addr: usize, bounces: &Counter) {
+    /// The CPU touched the page at `addr` of address space `space`, which is on the device. Returns whether
+    /// that was soon.
+    pub(crate) fn came_back(&self, space: usize, addr: usize) -> bool {
         let window = self.window();
         let Some((page, tag)) = self.page(space, addr).filter(|_| window > 0) else {
-            return;
+            return false;
         };
         if page.load(Relaxed) & !(COUNT_MASK << TIME_BITS | TIME_MASK) != tag {
-            return;
+            return false;
         }
         let (count, since) = self.read(page, tag);
         if since < window {
-            bounces.add(1);
             self.write(page, tag, (count + 1).min(BOUNCES));
         } else {
             self.write(page, tag, 0);
         }
+        since < window
     }
 
     /// How soon a page has to come back for it to be a bounce, in milliseconds.

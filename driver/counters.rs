@@ -21,6 +21,11 @@ impl Counter {
         self.0.add(n as u64, Relaxed);
     }
 
+    /// The same.
+    pub(crate) fn add_u64(&self, n: u64) {
+        self.0.add(n, Relaxed);
+    }
+
     fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
@@ -57,6 +62,11 @@ pub(crate) struct Counters {
     pub(crate) bounces: Counter,
     pub(crate) kept: Counter,
     pub(crate) around: Counter,
+    pub(crate) device_fault_pages: Counter,
+    pub(crate) setup_ns: Counter,
+    pub(crate) copy_ns: Counter,
+    pub(crate) pages_ns: Counter,
+    pub(crate) finalize_ns: Counter,
 }
 
 impl Counters {
@@ -92,6 +102,11 @@ impl Counters {
             bounces: Counter::new(),
             kept: Counter::new(),
             around: Counter::new(),
+            device_fault_pages: Counter::new(),
+            setup_ns: Counter::new(),
+            copy_ns: Counter::new(),
+            pages_ns: Counter::new(),
+            finalize_ns: Counter::new(),
         }
     }
 
@@ -133,6 +148,11 @@ impl Counters {
             bounces: self.bounces.get(),
             kept_pages: self.kept.get(),
             around_pages: self.around.get(),
+            device_fault_pages: self.device_fault_pages.get(),
+            setup_ns: self.setup_ns.get(),
+            copy_ns: self.copy_ns.get(),
+            pages_ns: self.pages_ns.get(),
+            finalize_ns: self.finalize_ns.get(),
         }
     }
 }

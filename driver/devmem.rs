@@ -21,6 +21,7 @@ use crate::{
     migration::{move_to_system, new_folio, Cause, Scratch},
     sleep::Sleep,
     split::Splitter,
+    sys::trace,
     uapi,
     usage::Taker,
     vram::Vram,
@@ -163,31 +164,17 @@ impl Ops for DeviceMemory {
     }
 
     fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome {
-        let memory = map.data();
-        memory.counters.cpu_faults.add(1);
-        if fault.order() == 0 {
-            return fault_back_small(map, &fault);
-        }
-        if !memory.splitter.is_busy() {
-            let Ok(mut scratch) = Scratch::new() else {
-                return FaultOutcome::NoMemory;
-            };
-            // First: what cannot move had better not be collected, which unmaps it everywhere.
-            match new_folio(fault.order(), Effort::PageFault) {
-                Ok(spare) => {
-                    let outcome = fault_back(map, &fault, 1, scratch.entries(), Some(spare));
-                    if let Some(outcome) = outcome {
-                        return outcome;
-                    }
-                }
-                Err(_) => memory.counters.large_failures.add(1),
-            }
-            if let Some(index) = fault.index(map) {
-                memory.splitter.split_later(fault.mm(), index);
-            }
-        }
-        memory.counters.cpu_fault_retries.add(1);
-        fault.come_again()
+        let unit = map.data().identity.unit;
+        let ((addr, _), order) = (fault.place(), fault.order());
+        let outcome = bring_back(map, fault);
+        let traced = match outcome {
+            FaultOutcome::Retry => trace::Outcome::Retry,
+            FaultOutcome::NoMemory => trace::Outcome::NoMemory,
+            FaultOutcome::Lost => trace::Outcome::Lost,
+            FaultOutcome::Later(_) => trace::Outcome::Later,
+        };
+        trace::cpu_fault(unit, addr, order, traced);
+        outcome
     }
 
     fn evict_all(map: &PageMap<Self>) {
@@ -219,6 +206,14 @@ impl Ops for DeviceMemory {
 
     fn unregistered(map: &PageMap<Self>) {
         let memory = map.data();
+        // CAST: Both widen.
+        let bytes = |pages: usize| (pages * PAGE_BYTES) as u64;
+        trace::bind(
+            memory.identity.unit,
+            bytes(map.first_pfn()),
+            bytes(map.pages()),
+            false,
+        );
         memory.splitter.finish();
         #[cfg(CONFIG_KASAN)]
         memory.poison.check_all(&memory.vram, memory.identity.unit);
@@ -232,13 +227,43 @@ impl Ops for DeviceMemory {
     }
 }
 
+/// Brings what the CPU touched to system memory.
+fn bring_back(map: &PageMap<DeviceMemory>, fault: Fault<'_, DeviceMemory>) -> FaultOutcome {
+    let memory = map.data();
+    memory.counters.cpu_faults.add(1);
+    if fault.order() == 0 {
+        return fault_back_small(map, &fault);
+    }
+    if !memory.splitter.is_busy() {
+        let Ok(mut scratch) = Scratch::new() else {
+            return FaultOutcome::NoMemory;
+        };
+        // First: what cannot move had better not be collected, which unmaps it everywhere.
+        match new_folio(fault.order(), Effort::PageFault) {
+            Ok(spare) => {
+                let outcome = fault_back(map, &fault, 1, scratch.entries(), Some(spare));
+                if let Some(outcome) = outcome {
+                    return outcome;
+                }
+            }
+            Err(_) => memory.counters.large_failures.add(1),
+        }
+        if let Some(index) = fault.index(map) {
+            memory.splitter.split_later(fault.mm(), index);
+        }
+    }
+    memory.counters.cpu_fault_retries.add(1);
+    fault.come_again()
+}
+
 /// Brings a page that the CPU touched to system memory, and with it what it will touch next.
 fn fault_back_small(map: &PageMap<DeviceMemory>, fault: &Fault<'_, DeviceMemory>) -> FaultOutcome {
     let memory = map.data();
     let (addr, space) = fault.place();
-    memory
-        .bounces
-        .came_back(space, addr, &memory.counters.bounces);
+    if memory.bounces.came_back(space, addr) {
+        memory.counters.bounces.add(1);
+        trace::bounce(memory.identity.unit, addr, false);
+    }
     let pages = memory.around.touched(space, addr);
     let words = Entries::words(pages);
     let arrays = (pages > 1)
@@ -270,7 +295,7 @@ fn fault_back<'a>(
         // The kernel says this of a mapping that could not have had the page in the first place.
         return Some(FaultOutcome::Lost);
     };
-    let outcome = move_to_system(collected, Cause::Fault, &mut [], spare);
+    let outcome = move_to_system(memory, collected, Cause::Fault, &mut [], spare);
     // That there is none for what comes along is no failure.
     if outcome.without_memory == Some(0) {
         return Some(FaultOutcome::NoMemory);

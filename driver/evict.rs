@@ -10,36 +10,40 @@ use crate::{
     hmm::{
         migrate::{Collected, Entries},
         pagemap::PageMap,
+        PAGE_BYTES,
     },
     migration::{move_to_system, Cause, Scratch, BATCH},
     split::split_all,
+    sys::trace,
     usage::Taker,
 };
 use core::ops::Range;
 use kernel::prelude::*;
 
-/// Makes room for `pages` pages, for somebody whose turn it is, by evicting whole blocks that were not
+/// Makes room for `needed` pages, for somebody whose turn it is, by evicting whole blocks that were not
 /// used for long: see [`Usage::victim`]. Returns whether there was so much at the end. Others may be faster
 /// to take it.
 ///
 /// Nothing of what is in the way may be locked by the caller, nor the mmap lock be held.
 ///
 /// [`Usage::victim`]: crate::usage::Usage::victim
-pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, pages: usize) -> bool {
+pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize) -> bool {
     // Blocks in a row of which nothing could be moved: what is in them is pinned, or there is no system
     // memory.
     const FAILURES: usize = 16;
 
     let alloc = &map.data().alloc;
     let mut failures = 0;
-    while alloc.free() < pages {
+    while alloc.free() < needed {
         let Some(block) = alloc.usage().victim(taker) else {
             return false;
         };
         let first = block * BLOCK_PAGES;
         let pages = first..first + BLOCK_PAGES;
         let may_go = |index, order| !alloc.usage().is_needed(index, order, taker);
-        if evict(map, pages, Cause::Pressure, may_go) > 0 {
+        let moved = evict(map, pages, Cause::Pressure, may_go);
+        trace::evict(map.data().identity.unit, first * PAGE_BYTES, moved, needed);
+        if moved > 0 {
             map.data().counters.evictions.add(1);
             failures = 0;
             continue;
@@ -76,7 +80,7 @@ fn evict(
     let (mut moved, mut stuck, mut from) = (0, 0, pages.start);
     while map.live_folios(from..pages.end).next().is_some() {
         let (collected, next) = Collected::live(map, from..pages.end, &may_go, scratch.entries());
-        let outcome = move_to_system(collected, cause, &mut lost, None);
+        let outcome = move_to_system(map.data(), collected, cause, &mut lost, None);
         moved += outcome.moved;
         stuck += outcome.stuck;
         if outcome.lost && cause == Cause::Evict {

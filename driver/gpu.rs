@@ -13,6 +13,7 @@ use crate::{
     sys::{
         gate::{Lend, Lent},
         node::Node,
+        trace,
     },
     units::Unit,
     vram::Vram,
@@ -83,6 +84,7 @@ impl<D: Parent> Gpu<D> {
             },
             memory.owner().start()
         );
+        trace::bind(unit.number(), memory.owner().start(), bytes, true);
         Ok(Self {
             node: None,
             dmirror_node: None,

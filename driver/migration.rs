@@ -19,12 +19,13 @@ use crate::{
         vma::{LockedVma, ReadLocked},
         PAGE_BYTES,
     },
-    sys::mapping::Written,
+    sys::{mapping::Written, trace},
     usage::Taker,
 };
 use kernel::{
     mm::{virt::flags, MmWithUser},
     prelude::*,
+    time::{Instant, Monotonic},
 };
 
 /// The most pages that one migration handles: 2 MiB of them, which share a page table.
@@ -41,6 +42,72 @@ pub(crate) enum Cause {
     Pressure,
     /// The device goes away.
     Evict,
+}
+
+impl Cause {
+    fn traced(self) -> trace::Cause {
+        match self {
+            Self::Request => trace::Cause::RequestToSystem,
+            Self::Fault => trace::Cause::CpuFault,
+            Self::Pressure => trace::Cause::Pressure,
+            Self::Evict => trace::Cause::Evict,
+        }
+    }
+}
+
+/// What a migration takes, phase by phase, for the counters of a device and the trace.
+struct Phases<'a> {
+    memory: &'a DeviceMemory,
+    last: Instant<Monotonic>,
+    migration: trace::Migration,
+}
+
+impl<'a> Phases<'a> {
+    /// It has been set up.
+    fn new(
+        memory: &'a DeviceMemory,
+        collected: &Collected<'_, DeviceMemory>,
+        cause: trace::Cause,
+    ) -> Self {
+        // CAST: All widen.
+        let mut this = Self {
+            memory,
+            last: collected.began(),
+            migration: trace::Migration {
+                unit: memory.identity.unit,
+                cause: cause.into_raw(),
+                addr: collected.addr() as u64,
+                pages: collected.pages() as u64,
+                ..Default::default()
+            },
+        };
+        this.migration.setup_ns = this.lap();
+        this
+    }
+
+    /// Nanoseconds since the phase before.
+    fn lap(&mut self) -> u64 {
+        let now = Instant::now();
+        let took = now - self.last;
+        self.last = now;
+        // CAST: Time does not go back.
+        took.as_nanos() as u64
+    }
+
+    /// It has come to an end.
+    fn finish(mut self, outcome: &Outcome) {
+        self.migration.finalize_ns = self.lap();
+        // CAST: All widen.
+        self.migration.moved = outcome.moved as u64;
+        self.migration.stuck = outcome.stuck as u64;
+        self.migration.no_memory = outcome.without_memory.is_some();
+        let (counters, migration) = (&self.memory.counters, &self.migration);
+        counters.setup_ns.add_u64(migration.setup_ns);
+        counters.copy_ns.add_u64(migration.copy_ns);
+        counters.pages_ns.add_u64(migration.pages_ns);
+        counters.finalize_ns.add_u64(migration.finalize_ns);
+        trace::migrate(migration);
+    }
 }
 
 /// How a migration ended. In pages.
@@ -84,17 +151,19 @@ pub(crate) fn new_folio(order: u32, effort: Effort) -> Result<SystemFolio> {
     SystemFolio::new(order, effort)
 }
 
-/// Moves all device pages of a migration that is set up to system memory. A folio that was allocated for
-/// it before can be given along.
+/// Moves all device pages of a migration that is set up to system memory, for a device `memory`. A folio that
+/// was allocated for it before can be given along.
 ///
 /// Of a device that is gone, nothing moves, but for [`Cause::Evict`]: then it has to, and is declared
 /// broken there. That takes room in `lost` for a word for each page.
 pub(crate) fn move_to_system(
+    memory: &DeviceMemory,
     mut collected: Collected<'_, DeviceMemory>,
     cause: Cause,
     lost: &mut [usize],
     mut spare: Option<SystemFolio>,
 ) -> Outcome {
+    let mut phases = Phases::new(memory, &collected, cause.traced());
     let mut outcome = Outcome::default();
     let effort = match cause {
         Cause::Fault => Effort::PageFault,
@@ -133,7 +202,9 @@ pub(crate) fn move_to_system(
         }
     }
     let reach = outcome.without_memory.unwrap_or(collected.pages());
+    phases.migration.copy_ns = phases.lap();
     let moved = collected.commit(Written::wait());
+    phases.migration.pages_ns = phases.lap();
     for i in 0..reach {
         // A page's device counts it, whichever device's client asked.
         if let Some(Source::Device { map, order, .. }) = moved.moved(i) {
@@ -159,7 +230,10 @@ pub(crate) fn move_to_system(
     if gone == Some(true) {
         outcome.lost = true;
         moved.fail(lost);
+    } else {
+        drop(moved);
     }
+    phases.finish(&outcome);
     outcome
 }
 
@@ -171,9 +245,11 @@ fn move_to_device(
     map: &PageMap<DeviceMemory>,
     mut collected: Collected<'_, DeviceMemory>,
     taker: Taker,
+    cause: trace::Cause,
     room: &mut [u32],
 ) -> Outcome {
     let memory = map.data();
+    let mut phases = Phases::new(memory, &collected, cause);
     let mut outcome = Outcome::default();
     // What the kernel has in folios of other sizes, it has split.
     let may_move = |source: &Source<'_, DeviceMemory>| {
@@ -230,7 +306,9 @@ fn move_to_device(
         }
     }
     let pages = outcome.without_memory.unwrap_or(collected.pages());
+    phases.migration.copy_ns = phases.lap();
     let moved = collected.commit(Written::wait());
+    phases.migration.pages_ns = phases.lap();
     let (mut populated, mut large, mut from_other) = (0, 0, 0);
     for source in (0..pages).filter_map(|i| moved.moved(i)) {
         let count = 1 << source.order();
@@ -247,7 +325,12 @@ fn move_to_device(
             large += 1;
         }
     }
+    drop(moved);
+    phases.finish(&outcome);
     memory.counters.to_device.add(outcome.moved);
+    if matches!(cause, trace::Cause::DeviceFault) {
+        memory.counters.device_fault_pages.add(outcome.moved);
+    }
     memory.counters.populated.add(populated);
     memory.counters.from_other.add(from_other);
     memory.counters.large_to_device.add(large);
@@ -277,6 +360,8 @@ pub(crate) struct Progress {
 pub(crate) struct Request<'a> {
     seat: Seat<'a>,
     taker: Taker,
+    /// Of what goes to the device.
+    cause: trace::Cause,
     target: Target,
     /// What is on another device stays there.
     only_system: bool,
@@ -294,6 +379,7 @@ impl<'a> Request<'a> {
         Ok(Self {
             seat,
             taker: seat.turn()?,
+            cause: trace::Cause::RequestToDevice,
             target,
             only_system: false,
             fail_large: false,
@@ -303,9 +389,10 @@ impl<'a> Request<'a> {
         })
     }
 
-    /// It is for something else from now on.
-    pub(crate) fn set_turn(&mut self, taker: Taker) {
+    /// It is for device faults, in this turn.
+    pub(crate) fn for_faults(&mut self, taker: Taker) {
         self.taker = taker;
+        self.cause = trace::Cause::DeviceFault;
     }
 
     /// Has what is on another device stay there.
@@ -500,9 +587,11 @@ impl<'a> Request<'a> {
             let entries = self.scratch.entries();
             outcome = match Collected::range(vma, start, end, select, grain, entries) {
                 Ok(collected) if self.target == Target::Device => {
-                    move_to_device(map, collected, self.taker, &mut self.indices)
+                    move_to_device(map, collected, self.taker, self.cause, &mut self.indices)
                 }
-                Ok(collected) => move_to_system(collected, Cause::Request, &mut [], None),
+                Ok(collected) => {
+                    move_to_system(map.data(), collected, Cause::Request, &mut [], None)
+                }
                 // A mapping that the kernel does not migrate.
                 Err(_) => Outcome::default(),
             };

@@ -22,6 +22,7 @@ use crate::{
     sys::{
         mapping::{Atomic, Mapping, Written},
         sort::sort_pairs,
+        trace,
     },
     uapi::{self, hmm_gpu_device_fault, HMM_GPU_PAGE_BYTES},
     usage::Taker,
@@ -184,6 +185,21 @@ impl<'a> Service<'a> {
         })
     }
 
+    fn trace(&self, base: usize) {
+        if let Ok(map) = self.seat.gate.enter() {
+            let count = |is: fn(&Page) -> bool| self.window.iter().filter(|page| is(page)).count();
+            trace::device_fault(
+                map.data().identity.unit,
+                base,
+                [
+                    count(|page| matches!(page, Page::Mapped { device: true })),
+                    count(|page| matches!(page, Page::Mapped { device: false })),
+                    count(|page| matches!(page, Page::Failed(_))),
+                ],
+            );
+        }
+    }
+
     /// What was serviced before is not needed any more.
     pub(crate) fn new_turn(&mut self) -> Result {
         self.taker = self.seat.turn()?;
@@ -219,6 +235,7 @@ impl<'a> Service<'a> {
             self.fault_in(base)?;
         }
         self.fail_wanted(EBUSY);
+        self.trace(base);
         // So that nobody can have tables for nothing.
         let mapped = |page: &Page| matches!(page, Page::Mapped { .. });
         if !self.window.iter().any(mapped) {
@@ -351,7 +368,7 @@ impl<'a> Service<'a> {
             let Some(request) = &mut self.request else {
                 return Ok(());
             };
-            request.set_turn(self.taker);
+            request.for_faults(self.taker);
             let at = |i: usize| base + i * PAGE_BYTES;
             // What bounces stays, and what is between it goes.
             let (go, stay) = {
@@ -363,6 +380,9 @@ impl<'a> Service<'a> {
                 let stay = (first + go + 1..end).take_while(|i| !may_go(i)).count();
                 let stay = if first + go < end { stay + 1 } else { 0 };
                 memory.counters.kept.add(stay);
+                for i in go + first..go + first + stay {
+                    trace::bounce(memory.identity.unit, at(i), true);
+                }
                 (first + go, stay)
             };
             from = (go + stay).max(first + 1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Safe abstractions over what else the kernel crate lacks: memory that the CPU reaches VRAM
-//! through, PCI BARs, device nodes, sleep, sorting, work, and lending something that will be taken away.
+//! through, PCI BARs, device nodes, sleep, sorting, trace events, work, and lending something that will be taken away.
 
 pub(crate) mod gate;
 pub(crate) mod mapping;
@@ -9,6 +9,7 @@ pub(crate) mod node;
 pub(crate) mod pci;
 pub(crate) mod sleep;
 pub(crate) mod sort;
+pub(crate) mod trace;
 pub(crate) mod work;
 
 /// The kernel's own, as bindgen gives them: those of the kernel crate, and those that it lacks.

@@ -37,7 +37,7 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 /// `RESIDENCY`: tells where each page of a range is. Moves nothing.
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
-pub const HMM_GPU_COUNTERS: u32 = 0xC0F0_E803;
+pub const HMM_GPU_COUNTERS: u32 = 0xC118_E803;
 /// `MIRROR`: describes the file's device page table. Since version 2.
 pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
 /// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
@@ -271,6 +271,16 @@ pub struct hmm_gpu_counters {
     pub kept_pages: u64,
     /// Those of `fault_back_pages` that came along with what was touched.
     pub around_pages: u64,
+    /// Those of `to_device_pages` that moved for device faults.
+    pub device_fault_pages: u64,
+    /// Nanoseconds in which migrations were set up: pages locked and unmapped.
+    pub setup_ns: u64,
+    /// Nanoseconds in which their new places were allocated, and written.
+    pub copy_ns: u64,
+    /// Nanoseconds in which the kernel moved what it knows of a page (`migrate_vma_pages`).
+    pub pages_ns: u64,
+    /// Nanoseconds in which pages were mapped again, and unlocked.
+    pub finalize_ns: u64,
 }
 
 /// The entry is there. For a device page table's inner nodes: the offset is that of the next node.

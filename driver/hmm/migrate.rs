@@ -26,6 +26,7 @@ use kernel::{
     mm::{virt::VmaRef, Mm},
     prelude::*,
     sync::aref::ARef,
+    time::{Instant, Monotonic},
 };
 
 const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
@@ -122,6 +123,7 @@ struct State<'a, T: Ops> {
     kind: Kind,
     entries: Entries<'a>,
     pages: usize,
+    began: Instant<Monotonic>,
     data: PhantomData<(LockedVma<'a>, &'a PageMap<T>)>,
 }
 
@@ -282,6 +284,7 @@ impl<'a, T: Ops> Collected<'a, T> {
         wanted: impl Fn(usize, u32) -> bool,
         entries: Entries<'a>,
     ) -> (Self, usize) {
+        let began = Instant::now();
         let room = entries.src.len().min(entries.dst.len());
         let (mut used, mut next) = (0, pages.start);
         for (index, order) in map.live_folios(pages) {
@@ -309,6 +312,7 @@ impl<'a, T: Ops> Collected<'a, T> {
             kind: Kind::Device,
             entries,
             pages: used,
+            began,
             data: PhantomData,
         };
         (Self { state }, next)
@@ -326,6 +330,7 @@ impl<'a, T: Ops> Collected<'a, T> {
         fault_page: *mut bindings::page,
         entries: Entries<'a>,
     ) -> Result<Self> {
+        let began = Instant::now();
         let pages = end.checked_sub(start).ok_or(EINVAL)? / PAGE_BYTES;
         if pages == 0 || !entries.has_room_for(pages) {
             return Err(EINVAL);
@@ -354,6 +359,7 @@ impl<'a, T: Ops> Collected<'a, T> {
                 kind: Kind::Vma(args),
                 entries,
                 pages,
+                began,
                 data: PhantomData,
             },
         })
@@ -362,6 +368,19 @@ impl<'a, T: Ops> Collected<'a, T> {
     /// How many pages the migration spans.
     pub(crate) fn pages(&self) -> usize {
         self.state.pages
+    }
+
+    /// Where they begin; 0 if they are not of one range.
+    pub(crate) fn addr(&self) -> usize {
+        match &self.state.kind {
+            Kind::Vma(args) => args.start,
+            Kind::Device => 0,
+        }
+    }
+
+    /// When it was about to be set up.
+    pub(crate) fn began(&self) -> Instant<Monotonic> {
+        self.state.began
     }
 
     /// What is at page `i` of the migration, if it may move.

@@ -77,6 +77,36 @@ bool hmm_gpu_mmu_interval_read_retry(struct mmu_interval_notifier *notifier, uns
 int hmm_gpu_range_fault(struct hmm_range *range);
 int hmm_gpu_make_exclusive(struct mm_struct *mm, unsigned long addr, void *owner, struct folio **folio, unsigned long *pfn);
 
+/* trace events: see trace.h */
+enum hmm_gpu_cause {
+	HMM_GPU_REQUEST_TO_DEVICE,
+	HMM_GPU_DEVICE_FAULT,
+	HMM_GPU_REQUEST_TO_SYSTEM,
+	HMM_GPU_CPU_FAULT,
+	HMM_GPU_PRESSURE,
+	HMM_GPU_EVICT,
+};
+enum hmm_gpu_fault_outcome { HMM_GPU_FAULT_RETRY, HMM_GPU_FAULT_OOM, HMM_GPU_FAULT_SIGBUS, HMM_GPU_FAULT_LATER };
+struct hmm_gpu_migration {
+	u64 addr;
+	u64 pages;
+	u64 moved;
+	u64 stuck;
+	u64 setup_ns;
+	u64 copy_ns;
+	u64 pages_ns;
+	u64 finalize_ns;
+	u32 unit;
+	enum hmm_gpu_cause cause;
+	bool no_memory;
+};
+void hmm_gpu_trace_migrate(const struct hmm_gpu_migration *migration);
+void hmm_gpu_trace_cpu_fault(u32 unit, u64 addr, u32 order, enum hmm_gpu_fault_outcome outcome);
+void hmm_gpu_trace_device_fault(u32 unit, u64 addr, u32 device, u32 system, u32 failed);
+void hmm_gpu_trace_evict(u32 unit, u64 offset, u64 moved, u64 needed);
+void hmm_gpu_trace_bounce(u32 unit, u64 addr, bool stays);
+void hmm_gpu_trace_bind(u32 unit, u64 start, u64 bytes, bool bound);
+
 /* other */
 void hmm_gpu_sort_pairs(u64 (*pairs)[2], size_t count);
 int hmm_gpu_notifier_from_errno(int error);

@@ -120,6 +120,16 @@ counters! {
     kept_pages,
     /// Those of `fault_back_pages` that came along with what was touched.
     around_pages,
+    /// Those of `to_device_pages` that moved for device faults.
+    device_fault_pages,
+    /// Time in which migrations were set up, in nanoseconds.
+    setup_ns,
+    /// Time in which the new places of pages were allocated and written, in nanoseconds.
+    copy_ns,
+    /// Time in which the kernel moved what it knows of a page, in nanoseconds.
+    pages_ns,
+    /// Time in which pages were mapped again and unlocked, in nanoseconds.
+    finalize_ns,
 }
 
 #[cfg(test)]

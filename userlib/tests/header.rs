@@ -58,6 +58,7 @@ rust_facts! {
             system_failures, device_faults, mapped_pages, invalidations, table_pages, device_read_bytes,
             device_written_bytes, from_other_pages, to_other_pages, large_to_device, large_to_system, large_failures,
             pressure_pages, evictions, bounces, kept_pages, around_pages,
+            device_fault_pages, setup_ns, copy_ns, pages_ns, finalize_ns,
         }
         hmm_gpu_mirror { flags, levels, root_offset, nodes, entries, invalidations, reserved }
         hmm_gpu_access {

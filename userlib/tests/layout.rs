@@ -43,17 +43,18 @@ fn residency_is_as_version_1_fixed_it() {
         addr at 0, len at 8, bytes_ptr at 16, flags at 24, reserved at 32);
 }
 
-/// Version 2 put six fields where version 1 had six reserved words; version 3 has five more, and version 4 five.
+/// Version 2 put six fields where version 1 had six reserved words; version 3 has five more, and version 4 ten.
 #[test]
 fn counters_are_as_versions_1_to_4_fixed_them() {
-    layout!(hmm_gpu_counters: 240 bytes,
+    layout!(hmm_gpu_counters: 280 bytes,
         flags at 0, live_pages at 8, allocated_pages at 16, freed_pages at 24, to_device_pages at 32,
         populated_pages at 40, to_system_pages at 48, fault_back_pages at 56, evicted_pages at 64, cpu_faults at 72,
         cpu_fault_retries at 80, skipped_pages at 88, vram_failures at 96, system_failures at 104,
         device_faults at 112, mapped_pages at 120, invalidations at 128, table_pages at 136, device_read_bytes at 144,
         device_written_bytes at 152, from_other_pages at 160, to_other_pages at 168, large_to_device at 176,
         large_to_system at 184, large_failures at 192, pressure_pages at 200, evictions at 208,
-        bounces at 216, kept_pages at 224, around_pages at 232);
+        bounces at 216, kept_pages at 224, around_pages at 232, device_fault_pages at 240, setup_ns at 248,
+        copy_ns at 256, pages_ns at 264, finalize_ns at 272);
 }
 
 #[test]

@@ -30,6 +30,7 @@ mod races;
 mod survive;
 mod table;
 mod teardown;
+mod traced;
 mod twins;
 mod unplug;
 mod vram;
