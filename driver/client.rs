@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    advice::{Change, Room},
     devmem::DeviceMemory,
     hmm::{
         mirror::{Look, Mirror, Seen},
@@ -24,9 +25,9 @@ use crate::{
         node,
     },
     uapi::{
-        self, hmm_gpu_access, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault,
-        hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
-        hmm_gpu_snapshot,
+        self, hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_counters,
+        hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query,
+        hmm_gpu_residency, hmm_gpu_snapshot,
     },
     units,
     usage::{Account, Taker},
@@ -123,6 +124,7 @@ impl node::Client for Client {
             n if n == uapi::HMM_GPU_FAULT & !SIZE_BITS => self.fault(mm, number, argument),
             n if n == uapi::HMM_GPU_SNAPSHOT & !SIZE_BITS => self.snapshot(mm, number, argument),
             n if n == uapi::HMM_GPU_ATOMIC & !SIZE_BITS => self.atomic(mm, number, argument),
+            n if n == uapi::HMM_GPU_ADVISE & !SIZE_BITS => self.advise(mm, number, argument),
             _ => Err(ENOTTY),
         }
     }
@@ -444,6 +446,23 @@ impl Client {
         result.map(drop).and(written)
     }
 
+    fn advise(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
+        let (advise, _) = UserStructure::read::<hmm_gpu_advise>(number, argument, SMALLEST_ADVISE)?;
+        require(advise.flags == 0 && advise.reserved == [0; 2])?;
+        let change = Change::new(advise.advice, advise.value)?;
+        let (start, end) = range(advise.addr, advise.len)?;
+        let mirror = self.mirror(mm)?;
+        let mut room = Room::new()?;
+        // Held while the advice is changed, so that nothing is unmapped meanwhile.
+        let lock = ReadLocked::new(mm)?;
+        let mut at = start;
+        while at < end {
+            let vma = lock.find_vma(at).filter(|vma| vma.start() <= at);
+            at = vma.ok_or(EFAULT)?.end();
+        }
+        mirror.notes(|notes| notes.change(start, end, change, &mut room))
+    }
+
     fn fault(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
         let (mut fault, user) =
             UserStructure::read::<hmm_gpu_fault>(number, argument, SMALLEST_FAULT)?;
@@ -592,6 +611,8 @@ const SMALLEST_FAULT: usize = 0x40;
 const SMALLEST_SNAPSHOT: usize = 0x30;
 // That of version 3.
 const SMALLEST_ATOMIC: usize = 0x50;
+// That of version 4.
+const SMALLEST_ADVISE: usize = 0x30;
 
 /// The bits of a call's number that say how long the caller's structure is.
 const SIZE_BITS: u32 = 0x3fff << 16;

@@ -131,7 +131,8 @@ impl DeviceMemory {
                 | uapi::HMM_GPU_CAP_RESIDENCY
                 | uapi::HMM_GPU_CAP_COUNTERS
                 | uapi::HMM_GPU_CAP_MIRROR
-                | uapi::HMM_GPU_CAP_ATOMIC,
+                | uapi::HMM_GPU_CAP_ATOMIC
+                | uapi::HMM_GPU_CAP_ADVICE,
             unit: self.identity.unit,
             source: match self.vram {
                 Vram::Pci(_) => uapi::HMM_GPU_SOURCE_PCI,

@@ -6,6 +6,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod advice;
 mod alloc;
 mod around;
 mod bitmap;

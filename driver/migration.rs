@@ -434,6 +434,14 @@ impl<'a> Request<'a> {
                 progress.done += stop - at;
                 continue;
             };
+            let (advice, until) = self.seat.mirror.notes(|notes| notes.at(at));
+            let stop = stop.min(until);
+            if self.target == Target::Device && advice.no_migrate {
+                map.data().counters.skipped.add((stop - at) / PAGE_BYTES);
+                progress.skipped += stop - at;
+                progress.done += stop - at;
+                continue;
+            }
             let lacks = self.lacks(&map, &lock, vma, at, stop);
             if lacks > 0 && attempts < ATTEMPTS {
                 drop(lock);

@@ -6,13 +6,14 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    advice::{Advice, Advices},
     bitmap::BLOCK_PAGES,
     client::{MemoryGate, Seat},
     devmem::DeviceMemory,
     evict::make_room,
     fail::Step,
     hmm::{
-        mirror::{Access, Look, Mapped, Miss, Seen, Table},
+        mirror::{Access, Look, Mapped, Miss, Seen, Table, Want},
         pagemap::PageMap,
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -74,7 +75,12 @@ impl Drop for TablePage {
 }
 
 impl Table for DeviceMemory {
+    type Notes = Advices;
     type Home = TablePage;
+
+    fn unmapped(notes: &mut Advices, start: usize, end: usize) {
+        notes.forget(start, end);
+    }
 
     fn store(&self) -> &Mapping {
         &self.vram
@@ -88,7 +94,8 @@ impl Table for DeviceMemory {
         let memory = map.data();
         let mut index = [0];
         let mut take = || memory.take(Taker::TABLE, 0, &mut index) == 1;
-        if !take() && !(make_room(map, Taker::TABLE, 1) && take()) {
+        let taken = take() || (make_room(map, Taker::TABLE, 1) && take());
+        if !taken {
             memory.counters.vram_failures.add(1);
             return Err(ENOSPC);
         }
@@ -159,7 +166,11 @@ pub(crate) struct Service<'a> {
     seat: Seat<'a>,
     taker: Taker,
     mm: &'a MmWithUser,
+    policy: Policy,
+    /// Made when something is to be moved.
     request: Option<Request<'a>>,
+    /// There was no room for all.
+    full: bool,
     seen: KVec<Seen>,
     /// The pages of the window, from its first address on.
     pub(crate) window: KVec<Page>,
@@ -171,15 +182,13 @@ impl<'a> Service<'a> {
     /// What it has found or put in the device's memory is not evicted to make room for more of it, until
     /// there is a new turn.
     pub(crate) fn new(seat: Seat<'a>, mm: &'a MmWithUser, policy: Policy) -> Result<Self> {
-        let request = match policy {
-            Policy::Map => None,
-            Policy::Migrate => Some(Request::new(seat, Target::Device)?),
-        };
         Ok(Self {
             seat,
             taker: seat.turn()?,
             mm,
-            request,
+            policy,
+            request: None,
+            full: false,
             seen: KVec::from_elem(Seen::default(), WINDOW, GFP_KERNEL)?,
             window: KVec::from_elem(Page::Idle, WINDOW, GFP_KERNEL)?,
         })
@@ -361,43 +370,68 @@ impl<'a> Service<'a> {
         Some((first, first + count, access))
     }
 
-    /// Moves what is wanted to the device, as far as it can be, if that is the policy.
+    /// What is advised of the page at `addr`, and where in the window that ends.
+    fn advice(&self, base: usize, i: usize) -> (Advice, usize) {
+        let at = base + i * PAGE_BYTES;
+        let (advice, until) = self.seat.mirror.notes(|notes| notes.at(at));
+        (advice, WINDOW.min((until - base) / PAGE_BYTES))
+    }
+
+    /// Moves what is wanted to the device, as far as it can be, if that is the policy or is advised.
     fn migrate(&mut self, base: usize) -> Result {
         let mut from = 0;
         while let Some((first, end, _)) = self.next_run(from) {
-            let Some(request) = &mut self.request else {
-                return Ok(());
-            };
-            request.for_faults(self.taker);
-            let at = |i: usize| base + i * PAGE_BYTES;
-            // What bounces stays, and what is between it goes.
-            let (go, stay) = {
-                let map = self.seat.gate.enter()?;
-                let memory = map.data();
-                let space = self.mm.as_raw().addr();
-                let may_go = |i: &usize| memory.bounces.may_go(space, at(*i));
-                let go = (first..end).take_while(may_go).count();
-                let stay = (first + go + 1..end).take_while(|i| !may_go(i)).count();
-                let stay = if first + go < end { stay + 1 } else { 0 };
-                memory.counters.kept.add(stay);
-                for i in go + first..go + first + stay {
-                    trace::bounce(memory.identity.unit, at(i), true);
-                }
-                (first + go, stay)
-            };
-            from = (go + stay).max(first + 1);
+            let (advice, until) = self.advice(base, first);
+            let end = end.min(until);
+            from = end;
+            if self.full || !advice.may_go(self.policy == Policy::Migrate) {
+                continue;
+            }
+            let mut go = end;
+            if advice.location.is_none() {
+                let stay;
+                (go, stay) = self.bouncing(base, first, end)?;
+                from = go + stay;
+            }
             if go == first {
                 continue;
             }
+            let pages = 1 << advice.granularity.unwrap_or(0);
+            let start = base + first / pages * pages * PAGE_BYTES;
+            let stop = base + go.next_multiple_of(pages) * PAGE_BYTES;
+            let request = match &mut self.request {
+                Some(request) => request,
+                none => none.insert(Request::new(self.seat, Target::Device)?),
+            };
+            request.for_faults(self.taker);
             let mut progress = Progress::default();
-            match request.run(self.mm, at(first), at(go), &mut progress) {
+            match request.run(self.mm, start, stop, &mut progress) {
                 Err(error) if error == EINTR || error == ENODEV => return Err(error),
                 // It is a wish. What cannot be moved is mapped where it lies.
-                Err(error) if error == ENOSPC => self.request = None,
+                Err(error) if error == ENOSPC => self.full = true,
                 _ => (),
             }
         }
         Ok(())
+    }
+
+    /// Of pages that are wanted, where those that bounce begin, and how many those are: they stay.
+    fn bouncing(&self, base: usize, first: usize, end: usize) -> Result<(usize, usize)> {
+        let map = self.seat.gate.enter()?;
+        let memory = map.data();
+        let space = self.mm.as_raw().addr();
+        let at = |i: usize| base + i * PAGE_BYTES;
+        let may_go = |i: &usize| memory.bounces.may_go(space, at(*i));
+        let go = first + (first..end).take_while(may_go).count();
+        if go == end {
+            return Ok((end, 0));
+        }
+        let stay = 1 + (go + 1..end).take_while(|i| !may_go(i)).count();
+        memory.counters.kept.add(stay);
+        for i in go..go + stay {
+            trace::bounce(memory.identity.unit, at(i), true);
+        }
+        Ok((go, stay))
     }
 
     /// Makes entries for what is there for what is wanted of it.
@@ -410,11 +444,27 @@ impl<'a> Service<'a> {
         let pages = self.window.get_mut(first..=last).ok_or(EINVAL)?;
         let seen = self.seen.get_mut(..pages.len()).ok_or(EINVAL)?;
         let pages = core::cell::Cell::from_mut(pages).as_slice_of_cells();
+        // Not to be asked for under the mirror's lock.
+        let mut read_mostly = [false; WINDOW];
+        let mut at = first;
+        while at <= last {
+            let (advice, until) = self.seat.mirror.notes(|notes| {
+                let (advice, until) = notes.at(base + at * PAGE_BYTES);
+                (advice, WINDOW.min((until - base) / PAGE_BYTES))
+            });
+            let run = read_mostly.get_mut(at..until).unwrap_or_default();
+            run.fill(advice.read_mostly);
+            at = until;
+        }
         let begun = self.seat.mirror.begin();
         let lock = ReadLocked::new(self.mm)?;
         let map = self.seat.gate.enter()?;
         let own = |seen: Seen| seen.pfn().and_then(|pfn| map.index_of(pfn));
         let (usage, taker) = (map.data().alloc.usage(), self.taker);
+        let want = |i: usize, access| Want {
+            access,
+            no_more: read_mostly.get(first + i).copied().unwrap_or(false),
+        };
         let result = self.seat.mirror.map(
             Look {
                 begun: &begun,
@@ -427,9 +477,9 @@ impl<'a> Service<'a> {
                 Page::Wanted(access) => match own(seen) {
                     Some(index) => {
                         usage.need(index, taker);
-                        Some(access)
+                        Some(want(i, access))
                     }
-                    None => (which == Where::Anywhere).then_some(access),
+                    None => (which == Where::Anywhere).then(|| want(i, access)),
                 },
                 _ => None,
             },

@@ -50,6 +50,9 @@ pub const HMM_GPU_SNAPSHOT: u32 = 0xC030_E807;
 /// `ATOMIC`: the device does an atomic operation at a process address. Since version 3.
 pub const HMM_GPU_ATOMIC: u32 = 0xC050_E808;
 
+/// `ADVISE`: says what is known of a range, for where its pages are to be. Since version 4.
+pub const HMM_GPU_ADVISE: u32 = 0xC030_E809;
+
 /// `MIGRATE` is there.
 pub const HMM_GPU_CAP_MIGRATE: u64 = 0x1;
 /// `RESIDENCY` is there.
@@ -62,6 +65,8 @@ pub const HMM_GPU_CAP_FAULT_BACK: u64 = 0x8;
 pub const HMM_GPU_CAP_MIRROR: u64 = 0x10;
 /// `ATOMIC` is there.
 pub const HMM_GPU_CAP_ATOMIC: u64 = 0x20;
+/// `ADVISE` is there.
+pub const HMM_GPU_CAP_ADVICE: u64 = 0x80;
 /// The CPU reaches the VRAM where it is (`MEMORY_DEVICE_COHERENT`): pages do not come back when it
 /// touches them.
 pub const HMM_GPU_CAP_COHERENT: u64 = 0x40;
@@ -579,3 +584,54 @@ const _: () = assert!(HMM_GPU_ACCESS == iowr(5, size_of::<hmm_gpu_access>()));
 const _: () = assert!(HMM_GPU_FAULT == iowr(6, size_of::<hmm_gpu_fault>()));
 const _: () = assert!(HMM_GPU_SNAPSHOT == iowr(7, size_of::<hmm_gpu_snapshot>()));
 const _: () = assert!(HMM_GPU_ATOMIC == iowr(8, size_of::<hmm_gpu_atomic>()));
+
+/// No advice is left. The value is 0.
+pub const HMM_GPU_ADVICE_RESET: u32 = 0;
+/// Where the range is best: the value is `HMM_GPU_LOCATION_*`. Device faults move it to the device or leave it in
+/// system memory, whatever their policy says, and whether it bounces or not.
+pub const HMM_GPU_ADVICE_LOCATION: u32 = 1;
+/// With value 1, the range is read much more than written: it stays in system memory, and the entries that devices get
+/// for reading allow no writing. With value 0, not so.
+pub const HMM_GPU_ADVICE_READ_MOSTLY: u32 = 2;
+/// With value 1, the range does not go to the device, by `MIGRATE` neither, which counts it as skipped. What is there
+/// stays. With value 0, not so.
+pub const HMM_GPU_ADVICE_NO_MIGRATE: u32 = 3;
+/// How much device faults move together: the value is a number of bytes, a power of two from 4096 to 2 MiB; what is moved
+/// is aligned to it. With value 0, just what is named.
+pub const HMM_GPU_ADVICE_GRANULARITY: u32 = 4;
+
+/// Wherever it is used.
+pub const HMM_GPU_LOCATION_NONE: u64 = 0;
+/// System memory.
+pub const HMM_GPU_LOCATION_SYSTEM: u64 = 1;
+/// The device's VRAM.
+pub const HMM_GPU_LOCATION_DEVICE: u64 = 2;
+
+/// Says what is known of `[addr, addr + len)`, of which all must be mapped. Moves nothing: it changes what later calls and
+/// faults do.
+///
+/// Advice is a hint: it is never needed for what a program reads. It is the file's own, as its mirror is: it ends when the
+/// file is closed or the range unmapped (`munmap`, `mremap`, `mmap` over it), and a forked child, which has to open the device
+/// anew, has none. One advice does not replace another, but for its own kind.
+///
+/// Errors: `EINVAL` (unaligned, empty or wrapping range, unknown advice, value or flag, reserved field not zero), `EFAULT` (the
+/// range leaves user space, or not all of it is mapped), `E2BIG` (more than 1024 ranges of the file would have advice of their
+/// own), `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_advise {
+    /// In: first byte of the range, page aligned.
+    pub addr: u64,
+    /// In: bytes, page aligned, not zero.
+    pub len: u64,
+    /// In: `HMM_GPU_ADVICE_*`.
+    pub advice: u32,
+    /// In: must be zero.
+    pub flags: u32,
+    /// In: what goes with the advice.
+    pub value: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 2],
+}

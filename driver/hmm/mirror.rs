@@ -54,6 +54,12 @@ const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
 
 /// What a device that has mirrors does for them.
 pub(crate) trait Table: Ops {
+    /// What else is kept of an address space, under the mirror's lock.
+    type Notes: Default + Send + Unpin + 'static;
+
+    /// `[start, end)` is unmapped. Called under the lock: nothing may be allocated or waited for.
+    fn unmapped(notes: &mut Self::Notes, start: usize, end: usize);
+
     /// Where a node of a device page table is.
     type Home: Home<Store = Mapping> + Send + 'static;
 
@@ -91,6 +97,7 @@ struct State<T: Table> {
     /// How often a page was taken for the device alone, of which the notifier's number does not tell.
     taken: u64,
     invalidations: u64,
+    notes: T::Notes,
 }
 
 /// The beginning of a look: see [`Mirror::begin`].
@@ -140,6 +147,14 @@ pub(crate) enum Access {
     Read,
     /// Writing, and reading.
     Write,
+}
+
+/// What an entry is wanted for.
+#[derive(Clone, Copy)]
+pub(crate) struct Want {
+    pub(crate) access: Access,
+    /// It shall allow no more than that, even if the page does.
+    pub(crate) no_more: bool,
 }
 
 /// Where a page is that [`Mirror::map`] was asked for.
@@ -192,6 +207,7 @@ impl<T: Table> Mirror<T> {
                 generation: 0,
                 taken: 0,
                 invalidations: 0,
+                notes: T::Notes::default(),
             }),
             // Last, since from here on the kernel calls. There are no entries yet.
             // INVARIANT: Registered if this returns `Ok`.
@@ -257,6 +273,7 @@ impl<T: Table> Mirror<T> {
         let store = current.map(|map| map.data().store());
         // What is unmapped may be so for good; what only changes comes back.
         let (cleared, retired) = if unmap {
+            T::unmapped(&mut state.notes, start, end);
             let (cleared, retired) = state.tree.prune(start, end, store);
             (cleared, Some(retired))
         } else {
@@ -299,6 +316,11 @@ impl<T: Table> Mirror<T> {
             drop(state);
             drop(tree);
         }
+    }
+
+    /// Reads or changes what else is kept of the address space. Nothing may be allocated or waited for.
+    pub(crate) fn notes<R>(&self, then: impl FnOnce(&mut T::Notes) -> R) -> R {
+        then(&mut self.state.lock().notes)
     }
 
     /// Whether this is a mirror of `mm`.
@@ -545,7 +567,7 @@ impl<T: Table> Mirror<T> {
         look: Look<'_, T>,
         start: usize,
         seen: &mut [Seen],
-        wanted: impl Fn(usize, Seen) -> Option<Access>,
+        wanted: impl Fn(usize, Seen) -> Option<Want>,
         mut done: impl FnMut(usize, Mapped),
     ) -> Result {
         let map = look.map;
@@ -557,14 +579,16 @@ impl<T: Table> Mirror<T> {
             }
             let mut result = Ok(());
             for (i, seen) in seen.iter().enumerate() {
-                let Some((access, pfn)) = wanted(i, *seen).zip(seen.pfn()) else {
+                let Some((want, pfn)) = wanted(i, *seen).zip(seen.pfn()) else {
                     continue;
                 };
-                if access == Access::Write && !seen.is_writable() {
+                if want.access == Access::Write && !seen.is_writable() {
                     continue;
                 }
-                // INVARIANT: As just seen; `prepare_page` checks the rest.
-                let entry = Seen(seen.0 & (VALID | WRITE) | pfn);
+                let read_only = want.access == Access::Read && want.no_more;
+                let allowed = if read_only { VALID } else { VALID | WRITE };
+                // INVARIANT: As just seen, or less; `prepare_page` checks the rest.
+                let entry = Seen(seen.0 & allowed | pfn);
                 let word = word(map, entry);
                 // SAFETY: What was seen is true, so the page is mapped and cannot go while the lock
                 // is held.

@@ -193,16 +193,21 @@ impl Capabilities {
     /// [`fetch_and`](crate::Device::fetch_and), [`fetch_or`](crate::Device::fetch_or), [`swap`](crate::Device::swap) and
     /// [`compare_exchange`](crate::Device::compare_exchange).
     pub const ATOMIC: Self = Self(uapi::HMM_GPU_CAP_ATOMIC);
+
+    /// It takes advice: [`Device::advise`](crate::Device::advise).
+    pub const ADVICE: Self = Self(uapi::HMM_GPU_CAP_ADVICE);
+
     /// The CPU reaches its VRAM where it is: pages do not come back when the CPU touches them.
     pub const COHERENT: Self = Self(uapi::HMM_GPU_CAP_COHERENT);
 
-    const NAMES: [(Self, &'static str); 7] = [
+    const NAMES: [(Self, &'static str); 8] = [
         (Self::MIGRATE, "migrate"),
         (Self::RESIDENCY, "residency"),
         (Self::COUNTERS, "counters"),
         (Self::FAULT_BACK, "fault-back"),
         (Self::MIRROR, "mirror"),
         (Self::ATOMIC, "atomic"),
+        (Self::ADVICE, "advice"),
         (Self::COHERENT, "coherent"),
     ];
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use crate::{
-    Accessed, AtomicOperation, Bytes, DeviceFault, Moved, Operation, Policy, TableEntry, Target,
+    Accessed, Advice, AtomicOperation, Bytes, DeviceFault, Moved, Operation, Policy, TableEntry,
+    Target,
 };
 
 /// What can go wrong. The text says what was attempted, with its values, what the system answered, and what to do.
@@ -175,6 +176,15 @@ pub enum Attempt {
         /// Pages that were mapped before it ended.
         mapped_pages: u64,
     },
+    /// To say what is known of memory.
+    Advise {
+        /// First byte of the range.
+        addr: usize,
+        /// Its length in bytes.
+        bytes: usize,
+        /// What is.
+        advice: Advice,
+    },
     /// To tell what is at each page.
     Snapshot {
         /// First byte of the range.
@@ -238,6 +248,13 @@ impl fmt::Display for Attempt {
                     f,
                     "servicing {faults} device fault{plural} (policy {policy})"
                 )
+            }
+            Attempt::Advise {
+                addr,
+                bytes,
+                advice,
+            } => {
+                write!(f, "advising of {} at {addr:#x} ({advice})", exact(bytes))
             }
             Attempt::Snapshot { addr, bytes } => {
                 write!(f, "looking what {} at {addr:#x} are", exact(bytes))
@@ -440,6 +457,14 @@ fn attempt_reason(attempt: &Attempt, errno: Errno) -> Option<Reason> {
         (Attempt::Fault { .. }, Errno::INVAL) => Some((
             "the driver does not take these values",
             "use `Policy::Map` or `Policy::Migrate`",
+        )),
+        (Attempt::Advise { .. }, Errno::TOOBIG) => Some((
+            "more than 1024 ranges would have advice of their own",
+            "advise of fewer and larger ones, or reset some",
+        )),
+        (Attempt::Advise { .. }, Errno::INVAL) => Some((
+            "the driver does not take these values",
+            "address and length are whole pages, and a granularity is a power of two from 4096 to 2 MiB",
         )),
         (Attempt::Mirror, Errno::NOSPC) => service_reason(errno),
         _ => None,

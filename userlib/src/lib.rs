@@ -67,6 +67,7 @@
 #![warn(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod access;
+mod advice;
 mod atomic;
 mod counters;
 mod describe;
@@ -100,6 +101,7 @@ pub use bytemuck::Pod;
 pub use rustix::io::Errno;
 
 pub use access::{Accessed, Operation, Policy};
+pub use advice::Advice;
 pub use atomic::{AtomicOperation, AtomicWord};
 pub use counters::Counters;
 pub use describe::{Capabilities, Description, Form, PciAddress, Source};

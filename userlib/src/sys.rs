@@ -85,6 +85,17 @@ impl File {
         }
     }
 
+    /// `ADVISE`. Safe for any argument, as `MIGRATE` is.
+    pub fn advise(&self, argument: &mut uapi::hmm_gpu_advise) -> Result<(), Errno> {
+        // SAFETY: as in `query`. Of the memory that the range names at most its place changes, later.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_ADVISE,
+                (argument as *mut uapi::hmm_gpu_advise).cast(),
+            )
+        }
+    }
+
     /// `COUNTERS`.
     pub fn counters(&self, argument: &mut uapi::hmm_gpu_counters) -> Result<(), Errno> {
         // SAFETY: as in `query`.

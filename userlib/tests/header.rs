@@ -67,14 +67,17 @@ rust_facts! {
         hmm_gpu_device_fault { addr, access, status }
         hmm_gpu_fault { faults_ptr, count, policy, flags, mapped_pages, device_pages, failed_pages, reserved }
         hmm_gpu_snapshot { addr, len, entries_ptr, flags, reserved }
+        hmm_gpu_advise { addr, len, advice, flags, value, reserved }
         hmm_gpu_atomic { addr, operand, compare, old, op, bytes, policy, flags, faults, reserved }
     }
     constants {
         HMM_GPU_VERSION HMM_GPU_PAGE_BYTES HMM_GPU_MAX_DEVICES HMM_GPU_MAX_FAULTS
         HMM_GPU_QUERY HMM_GPU_MIGRATE HMM_GPU_RESIDENCY HMM_GPU_COUNTERS
-        HMM_GPU_MIRROR HMM_GPU_ACCESS HMM_GPU_FAULT HMM_GPU_SNAPSHOT HMM_GPU_ATOMIC
+        HMM_GPU_MIRROR HMM_GPU_ACCESS HMM_GPU_FAULT HMM_GPU_SNAPSHOT HMM_GPU_ATOMIC HMM_GPU_ADVISE
         HMM_GPU_CAP_MIGRATE HMM_GPU_CAP_RESIDENCY HMM_GPU_CAP_COUNTERS HMM_GPU_CAP_FAULT_BACK HMM_GPU_CAP_MIRROR
-        HMM_GPU_CAP_ATOMIC HMM_GPU_CAP_COHERENT
+        HMM_GPU_CAP_ATOMIC HMM_GPU_CAP_ADVICE HMM_GPU_CAP_COHERENT
+        HMM_GPU_ADVICE_RESET HMM_GPU_ADVICE_LOCATION HMM_GPU_ADVICE_READ_MOSTLY HMM_GPU_ADVICE_NO_MIGRATE
+        HMM_GPU_ADVICE_GRANULARITY HMM_GPU_LOCATION_NONE HMM_GPU_LOCATION_SYSTEM HMM_GPU_LOCATION_DEVICE
         HMM_GPU_SOURCE_SOFT HMM_GPU_SOURCE_PCI
         HMM_GPU_FORM_ADD HMM_GPU_FORM_ADD_RESOURCE
         HMM_GPU_TARGET_SYSTEM HMM_GPU_TARGET_DEVICE

@@ -6,8 +6,9 @@
 use std::mem::offset_of;
 
 use hmm_gpu::uapi::{
-    hmm_gpu_access, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault,
-    hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+    hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault,
+    hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
+    hmm_gpu_snapshot,
 };
 
 /// Asserts where each field begins. Fields follow each other without gaps, so this fixes their sizes too.
@@ -89,4 +90,10 @@ fn atomic_is_as_version_3_fixed_it() {
     layout!(hmm_gpu_atomic: 80 bytes,
         addr at 0, operand at 8, compare at 16, old at 24, op at 32, bytes at 36, policy at 40, flags at 44, faults at 48,
         reserved at 56);
+}
+
+#[test]
+fn advise_is_as_version_4_fixed_it() {
+    layout!(hmm_gpu_advise: 48 bytes,
+        addr at 0, len at 8, advice at 16, flags at 20, value at 24, reserved at 32);
 }

@@ -129,7 +129,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         .collect();
     println!("3. In VRAM again. Then the CPU looks up 3 keys, from pointer to pointer.");
     println!(
-        "   {} nodes on {} pages; only these come back:",
+        "   {} nodes on {} pages; these come back, and what seemed to be next:",
         way().count(),
         pages.len()
     );

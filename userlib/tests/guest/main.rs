@@ -5,6 +5,7 @@
 mod common;
 
 mod access;
+mod advised;
 mod around;
 mod atomic;
 mod content;
