@@ -11,14 +11,18 @@
 use crate::{
     advice::{Change, Room},
     devmem::DeviceMemory,
+    engine::{Engine, Operation},
+    faults::Batch,
     hmm::{
-        mirror::{Look, Mirror, Seen},
+        mirror::{Look, Mirror},
         pagemap::PageMap,
+        seen::Seen,
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
     migration::{Progress, Request, Target},
-    mirror::{Batch, Engine, Operation, Policy, Service},
+    service::{Policy, Service},
+    structure::{require, UserStructure, SIZE_BITS},
     sys::{
         gate::Gate,
         mapping::{Atomic, AtomicOp},
@@ -33,7 +37,6 @@ use crate::{
     usage::{Account, Taker},
 };
 use kernel::{
-    ioctl::_IOC_SIZE,
     mm::{Mm, MmWithUser},
     new_mutex,
     prelude::*,
@@ -595,10 +598,6 @@ fn range(addr: u64, len: u64) -> Result<(usize, usize)> {
     Ok((start, end))
 }
 
-fn require(condition: bool) -> Result {
-    condition.then_some(()).ok_or(EINVAL)
-}
-
 // The sizes of version 1, in bytes. These never change.
 const SMALLEST_QUERY: usize = 0x60;
 const SMALLEST_MIGRATE: usize = 0x50;
@@ -613,46 +612,3 @@ const SMALLEST_SNAPSHOT: usize = 0x30;
 const SMALLEST_ATOMIC: usize = 0x50;
 // That of version 4.
 const SMALLEST_ADVISE: usize = 0x30;
-
-/// The bits of a call's number that say how long the caller's structure is.
-const SIZE_BITS: u32 = 0x3fff << 16;
-
-/// Where a caller's structure is, to write the answer to.
-///
-/// It may be shorter or longer than the driver's: see the rules in `uapi.rs`.
-struct UserStructure {
-    address: UserPtr,
-    size: usize,
-}
-
-impl UserStructure {
-    /// Reads the structure that call `number` has at `argument`.
-    fn read<T: FromBytes + IntoBytes>(
-        number: u32,
-        argument: usize,
-        smallest: usize,
-    ) -> Result<(T, Self)> {
-        let this = Self {
-            address: UserPtr::from_addr(argument),
-            size: _IOC_SIZE(number),
-        };
-        require(this.size >= smallest)?;
-        let mut reader = UserSlice::new(this.address, this.size).reader();
-        let mut value = T::new_zeroed();
-        let known = this.size.min(size_of::<T>());
-        reader.read_slice(value.as_mut_bytes().get_mut(..known).unwrap_or_default())?;
-        while !reader.is_empty() {
-            require(reader.read::<u8>()? == 0)?;
-        }
-        Ok((value, this))
-    }
-
-    /// Writes as much of `value` as the caller has room for.
-    fn write<T: FromBytes + IntoBytes>(&self, mut value: T) -> Result {
-        let known = self.size.min(size_of::<T>());
-        let bytes = value.as_mut_bytes();
-        UserSlice::new(self.address, known)
-            .writer()
-            .write_slice(bytes.get(..known).unwrap_or_default())
-    }
-}

@@ -11,15 +11,17 @@
 use crate::{
     client::{Client, MemoryGate, Seat},
     devmem::DeviceMemory,
+    engine::{Engine, Operation},
     evict::evict_once,
     hmm::{
-        mirror::{Access, Seen},
+        mirror::Access,
         pagemap::{Kind, PageMap},
+        seen::Seen,
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
     migration::{Progress, Request, Target},
-    mirror::{Engine, Operation, Page, Policy, Service, WINDOW_BYTES},
+    service::{Page, Policy, Service, WINDOW_BYTES},
     sys::node,
     units,
 };

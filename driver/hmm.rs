@@ -23,6 +23,7 @@ pub(crate) mod folio;
 pub(crate) mod migrate;
 pub(crate) mod mirror;
 pub(crate) mod pagemap;
+pub(crate) mod seen;
 pub(crate) mod vma;
 
 /// log2 of the base page size in bytes.

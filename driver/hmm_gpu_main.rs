@@ -15,20 +15,25 @@ mod client;
 mod counters;
 mod devmem;
 mod dmirror;
+mod engine;
 mod evict;
 mod fail;
+mod faults;
 mod gpu;
 mod hmm;
 mod migration;
-mod mirror;
 mod pci;
+mod phases;
 #[cfg(CONFIG_KASAN)]
 mod poison;
 mod radix;
+mod service;
 mod sleep;
 mod soft;
 mod split;
+mod structure;
 mod sys;
+mod table;
 // The user side uses what is not used here.
 #[allow(dead_code, non_camel_case_types, unreachable_pub)]
 mod uapi;

@@ -14,18 +14,18 @@ use crate::{
     hmm::{
         folio::{Effort, SystemFolio},
         migrate::{Collected, Entries, Grain, Select, Source},
-        mirror::Seen,
         pagemap::{Kind, PageMap, MAX_ORDER},
+        seen::Seen,
         vma::{LockedVma, ReadLocked},
         PAGE_BYTES,
     },
+    phases::Phases,
     sys::{mapping::Written, trace},
     usage::Taker,
 };
 use kernel::{
     mm::{virt::flags, MmWithUser},
     prelude::*,
-    time::{Instant, Monotonic},
 };
 
 /// The most pages that one migration handles: 2 MiB of them, which share a page table.
@@ -52,61 +52,6 @@ impl Cause {
             Self::Pressure => trace::Cause::Pressure,
             Self::Evict => trace::Cause::Evict,
         }
-    }
-}
-
-/// What a migration takes, phase by phase, for the counters of a device and the trace.
-struct Phases<'a> {
-    memory: &'a DeviceMemory,
-    last: Instant<Monotonic>,
-    migration: trace::Migration,
-}
-
-impl<'a> Phases<'a> {
-    /// It has been set up.
-    fn new(
-        memory: &'a DeviceMemory,
-        collected: &Collected<'_, DeviceMemory>,
-        cause: trace::Cause,
-    ) -> Self {
-        // CAST: All widen.
-        let mut this = Self {
-            memory,
-            last: collected.began(),
-            migration: trace::Migration {
-                unit: memory.identity.unit,
-                cause: cause.into_raw(),
-                addr: collected.addr() as u64,
-                pages: collected.pages() as u64,
-                ..Default::default()
-            },
-        };
-        this.migration.setup_ns = this.lap();
-        this
-    }
-
-    /// Nanoseconds since the phase before.
-    fn lap(&mut self) -> u64 {
-        let now = Instant::now();
-        let took = now - self.last;
-        self.last = now;
-        // CAST: Time does not go back.
-        took.as_nanos() as u64
-    }
-
-    /// It has come to an end.
-    fn finish(mut self, outcome: &Outcome) {
-        self.migration.finalize_ns = self.lap();
-        // CAST: All widen.
-        self.migration.moved = outcome.moved as u64;
-        self.migration.stuck = outcome.stuck as u64;
-        self.migration.no_memory = outcome.without_memory.is_some();
-        let (counters, migration) = (&self.memory.counters, &self.migration);
-        counters.setup_ns.add_u64(migration.setup_ns);
-        counters.copy_ns.add_u64(migration.copy_ns);
-        counters.pages_ns.add_u64(migration.pages_ns);
-        counters.finalize_ns.add_u64(migration.finalize_ns);
-        trace::migrate(migration);
     }
 }
 

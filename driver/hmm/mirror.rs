@@ -15,18 +15,20 @@
 //! is taken but spinlocks: invalidations come from reclaim, and from wherever an address space
 //! changes.
 
+mod access;
+
 use crate::{
     hmm::{
-        folio::LockedFolio,
-        pagemap::{Ops, PageMap, MAX_ORDER},
+        pagemap::{Ops, PageMap},
+        seen::{Seen, FLAGS, REQ_FAULT, REQ_WRITE, VALID, WRITE},
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
-    radix::{walk, Home, Node, Spare, Tree, Walked},
+    radix::{Home, Node, Spare, Tree},
     sys::{
         bindings,
         gate::Gate,
-        mapping::{Atomic, Mapping, Written},
+        mapping::{Mapping, Written},
     },
     uapi::{HMM_GPU_PTE_EXCLUSIVE, HMM_GPU_PTE_SYSTEM, HMM_GPU_PTE_VALID, HMM_GPU_PTE_WRITABLE},
 };
@@ -41,16 +43,6 @@ use kernel::{
     },
     types::Opaque,
 };
-
-const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
-const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
-const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
-/// In an entry of a tree, where there is no error: the device has the page to itself.
-const EXCLUSIVE: usize = ERROR;
-const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS;
-const REQ_FAULT: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_FAULT;
-const REQ_WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_WRITE;
-const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
 
 /// What a device that has mirrors does for them.
 pub(crate) trait Table: Ops {
@@ -633,241 +625,6 @@ impl<T: Table> Mirror<T> {
         result
     }
 
-    /// Takes the page at `addr` for the device alone, with an entry that says so, and has `then` access
-    /// it: before any CPU can have it back, so that whoever succeeds has got on.
-    ///
-    /// Waits for user space, in a fault: nothing may be locked or lent. Fails as
-    /// [`LockedFolio::exclusive`] and [`Mirror::prepare`], with `EBUSY` if the address space kept
-    /// changing, and with `EACCES` for a shadow stack.
-    pub(crate) fn exclusive(
-        &self,
-        mm: &MmWithUser,
-        addr: usize,
-        operation: Option<&Atomic>,
-    ) -> Result<Option<u64>> {
-        const ATTEMPTS: usize = 64;
-
-        if addr >= user_end() {
-            return Err(EFAULT);
-        }
-        let page = addr & !(PAGE_BYTES - 1);
-        for attempt in 0..ATTEMPTS {
-            if current!().signal_pending() {
-                return Err(EINTR);
-            }
-            self.prepare(&*self.gate.enter()?, page)?;
-            if attempt > 0 {
-                // What the attempt before has changed is changed back, which is an invalidation, before
-                // this one begins.
-                let mut scratch = [Seen::default()];
-                self.fault_in(mm, page, page + PAGE_BYTES, Access::Write, &mut scratch)?;
-            }
-            let begun = self.begin();
-            let lock = ReadLocked::new(mm)?;
-            if !self.is_of(lock.mm()) {
-                return Err(EINVAL);
-            }
-            let vma = lock.find_vma(page).filter(|vma| vma.start() <= page);
-            if vma.ok_or(EFAULT)?.is_shadow_stack() {
-                return Err(EACCES);
-            }
-            // The notifier's address is the mark by which `invalidate` knows our own.
-            let (_locked, pfn) = LockedFolio::exclusive(&lock, page, self.raw.get().cast())?;
-            let map = self.gate.enter()?;
-            let mut state = self.lock(&map)?;
-            // What is zapped, or unmapped, is not locked for that. A touch of the CPU waits for the
-            // folio, and its invalidation comes after this.
-            // SAFETY: The notifier is registered and the lock is held.
-            let retry =
-                unsafe { bindings::hmm_gpu_mmu_interval_read_retry(self.raw.get(), begun.seq) };
-            if retry || state.tree.missing(page) > 0 {
-                continue;
-            }
-            // INVARIANT: Nothing has been invalidated since before the page was made exclusive. It is
-            // anonymous memory, which is directly mapped, or a page of the map.
-            let entry = Seen(VALID | EXCLUSIVE | pfn);
-            let store = map.data().store();
-            map.data().may_map()?;
-            // CAST: A word.
-            let words = (entry.0 as u64, word(&map, entry));
-            state.tree.set(page, words.0, words.1, store)?;
-            state.generation += 1;
-            Written::wait();
-            drop(state);
-            map.data().mapped(1);
-            // Nobody gets the page back as long as its folio is locked; but who unmaps it may.
-            return match operation {
-                None => Ok(None),
-                Some(operation) => match self.atomic(&map, addr, operation)? {
-                    Ok(old) => Ok(Some(old)),
-                    Err(_) => continue,
-                },
-            };
-        }
-        Err(EBUSY)
-    }
-
-    /// Whether the device has a page of `[start, end)` to itself.
-    pub(crate) fn has_exclusive(&self, map: &PageMap<T>, start: usize, end: usize) -> Result<bool> {
-        let state = self.lock(map)?;
-        Ok((start..end)
-            .step_by(PAGE_BYTES)
-            .any(|addr| Seen(state.tree.get(addr) as usize).is_exclusive()))
-    }
-
-    /// The first page of `[start, end)` that has no entry for an access.
-    pub(crate) fn first_missing(
-        &self,
-        map: &PageMap<T>,
-        start: usize,
-        end: usize,
-        access: Access,
-    ) -> Result<Option<usize>> {
-        let state = self.lock(map)?;
-        Ok((start..end).step_by(PAGE_BYTES).find(|&addr| {
-            let entry = Seen(state.tree.get(addr) as usize);
-            entry.pfn().is_none() || (access == Access::Write && !entry.is_writable())
-        }))
-    }
-
-    /// The device does an atomic operation on the word at `addr`, and is told what it was before.
-    ///
-    /// It may on a page that it can write to in its own memory, and on one in system memory that it has
-    /// to itself. Fails with `EINVAL` if the address is not a multiple of the word's size.
-    pub(crate) fn atomic(
-        &self,
-        map: &PageMap<T>,
-        addr: usize,
-        operation: &Atomic,
-    ) -> Result<core::result::Result<u64, Miss>> {
-        if addr % operation.bytes() != 0 {
-            return Err(EINVAL);
-        }
-        let mut old = 0;
-        let done = self.access(map, addr, operation.bytes(), Need::Atomic, |page| {
-            old = match page {
-                // SAFETY: As for writing; and the word is aligned, since the address is.
-                Page::System { bytes, pfn } => unsafe {
-                    bindings::hmm_gpu_mark_dirty(pfn);
-                    operation.run(bytes)
-                },
-                Page::Device { offset } => map.data().store().atomic(offset, operation)?,
-            };
-            Written::wait();
-            Ok(())
-        })?;
-        Ok(done.map(|()| old))
-    }
-
-    /// The device reads at `addr`: fills `to`, which does not go beyond the page.
-    pub(crate) fn read(
-        &self,
-        map: &PageMap<T>,
-        addr: usize,
-        to: &mut [u8],
-    ) -> Result<core::result::Result<(), Miss>> {
-        self.access(map, addr, to.len(), Need::Read, |page| match page {
-            // SAFETY: Under the lock the page of an entry is valid and directly mapped, by the type
-            // invariants; `access` has checked that the bytes are inside it.
-            Page::System { bytes, .. } => to_result(unsafe {
-                bindings::hmm_gpu_copy_mc(to.as_mut_ptr().cast(), bytes.cast(), to.len())
-            }),
-            Page::Device { offset } => map.data().store().read_bytes(offset, to),
-        })
-    }
-
-    /// The device writes at `addr` what is in `from`, which does not go beyond the page.
-    pub(crate) fn write(
-        &self,
-        map: &PageMap<T>,
-        addr: usize,
-        from: &[u8],
-    ) -> Result<core::result::Result<(), Miss>> {
-        self.access(map, addr, from.len(), Need::Write, |page| match page {
-            Page::System { bytes, pfn } => {
-                // SAFETY: As for reading. Others may access the bytes too, as they may those of any
-                // page of a process.
-                unsafe {
-                    bindings::hmm_gpu_copy(bytes.cast(), from.as_ptr().cast(), from.len());
-                    bindings::hmm_gpu_mark_dirty(pfn);
-                }
-                Ok(())
-            }
-            Page::Device { offset } => {
-                map.data().store().write_bytes(offset, from)?;
-                Written::wait();
-                Ok(())
-            }
-        })
-    }
-
-    /// Walks the table in the device's memory, as the device would, and has `then` access the page,
-    /// under the lock.
-    ///
-    /// What the device found counts only if it is what the driver's own copy says: `EIO` otherwise.
-    fn access(
-        &self,
-        map: &PageMap<T>,
-        addr: usize,
-        len: usize,
-        need: Need,
-        then: impl FnOnce(Page) -> Result,
-    ) -> Result<core::result::Result<(), Miss>> {
-        let offset = addr % PAGE_BYTES;
-        if len > PAGE_BYTES - offset {
-            return Err(EINVAL);
-        }
-        let state = self.lock(map)?;
-        let store = map.data().store();
-        let Some(root) = state.tree.root() else {
-            return Ok(Err(Miss { word: 0 }));
-        };
-        let found = walk(root, state.tree.levels(), addr, |offset| {
-            store.read_u64(usize::try_from(offset)?)
-        })?;
-        let word = match found {
-            Walked::NoNode => 0,
-            Walked::Entry(word) => word,
-        };
-        // CAST: An entry is a word.
-        let entry = Seen(state.tree.get(addr) as usize);
-        let Some(pfn) = entry.pfn() else {
-            if word & HMM_GPU_PTE_VALID != 0 {
-                return Err(EIO);
-            }
-            state.tree.request(addr, store);
-            return Ok(Err(Miss { word }));
-        };
-        if word != self::word(map, entry) {
-            return Err(EIO);
-        }
-        let allowed = match need {
-            Need::Read => true,
-            Need::Write => entry.is_writable(),
-            Need::Atomic => {
-                entry.is_exclusive() || (entry.is_writable() && map.index_of(pfn).is_some())
-            }
-        };
-        if !allowed {
-            return Ok(Err(Miss { word }));
-        }
-        let page = match map.index_of(pfn) {
-            Some(index) => {
-                map.data().accessed(index);
-                Page::Device {
-                    offset: index * PAGE_BYTES + offset,
-                }
-            }
-            None => {
-                // SAFETY: System memory, by the type invariants, so it is directly mapped, and the
-                // offset is inside the page.
-                let bytes = unsafe { bindings::hmm_gpu_pfn_address(pfn).cast::<u8>().add(offset) };
-                Page::System { bytes, pfn }
-            }
-        };
-        then(page).map(Ok)
-    }
-
     /// What the device page table is now.
     pub(crate) fn shape(&self, map: &PageMap<T>) -> Result<Shape> {
         let state = self.lock(map)?;
@@ -930,89 +687,10 @@ unsafe fn prepare_page(word: u64, pfn: usize) -> Prepared {
     Prepared::Ready
 }
 
-/// What an access of the device needs.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Need {
-    Read,
-    Write,
-    Atomic,
-}
-
-/// Where the device accesses memory.
-enum Page {
-    /// System memory, at `bytes`, in page `pfn`.
-    System { bytes: *mut u8, pfn: usize },
-    /// The device's memory.
-    Device { offset: usize },
-}
-
 #[pinned_drop]
 impl<T: Table> PinnedDrop for Mirror<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: Registered, by the type invariants. Waits for callbacks that run.
         unsafe { bindings::mmu_interval_notifier_remove(self.raw.get()) };
-    }
-}
-
-/// What is at a page of a process.
-///
-/// A page frame number in it is for comparing only: the page may be elsewhere by now.
-#[repr(transparent)]
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Seen(usize);
-
-impl Seen {
-    /// The page frame number, if a page is there: of system memory, or a device page of the owner
-    /// asked for.
-    pub(crate) fn pfn(self) -> Option<usize> {
-        (self.0 & VALID != 0).then_some(self.0 & !FLAGS)
-    }
-
-    /// The same, with the page that is at `addr`: of a large folio of device-private memory, the kernel
-    /// answers the pages from its first on, wherever in it the range begins
-    /// (`hmm_vma_handle_absent_pmd`, 7.3). What is mapped as one is aligned to its size in both ways.
-    fn at(self, addr: usize) -> Self {
-        const WITHIN: usize = (1 << MAX_ORDER) - 1;
-
-        // CAST: Widens.
-        if self.0 & VALID == 0 || self.order() < MAX_ORDER as usize {
-            return self;
-        }
-        Self(self.0 & !WITHIN | (addr / PAGE_BYTES) & WITHIN)
-    }
-
-    /// Whether it is a device-private page, which it was a moment ago at the latest.
-    pub(crate) fn is_private(self) -> bool {
-        self.pfn().is_some_and(|pfn| {
-            // SAFETY: Fine to call for any page frame number: it looks whether there is such a page.
-            unsafe { bindings::hmm_gpu_is_private_pfn(pfn) }
-        })
-    }
-
-    /// Of an entry: whether the device has the page to itself.
-    pub(crate) fn is_exclusive(self) -> bool {
-        self.0 & (VALID | EXCLUSIVE) == VALID | EXCLUSIVE
-    }
-
-    /// Whether it could not be seen: the mapping allows no reading.
-    pub(crate) fn is_hidden(self) -> bool {
-        self.0 & ERROR != 0
-    }
-
-    /// Whether the process may write to it without a fault that changes the mapping.
-    pub(crate) fn is_writable(self) -> bool {
-        self.0 & WRITE != 0
-    }
-
-    /// log2 of the number of pages that it is mapped together with.
-    pub(crate) fn order(self) -> usize {
-        (self.0 >> ORDER_SHIFT) & 0x1f
-    }
-
-    /// Whether it is the kernel's page of zeroes, of the base page size.
-    pub(crate) fn is_zero_page(self) -> bool {
-        self.pfn()
-            // SAFETY: Always fine to call.
-            .is_some_and(|pfn| unsafe { bindings::hmm_gpu_is_zero_pfn(pfn) })
     }
 }
