@@ -5,9 +5,11 @@
 use std::fs;
 use std::os::fd::AsRawFd;
 
+use crate::common::child::Child;
 use crate::common::driver::{assert_empty, on_each_kind, Driver, GPUS};
 use crate::common::kernel::Resource;
-use crate::common::memory::{Area, PAGE};
+use crate::common::memory::{Area, HUGE, PAGE};
+use crate::common::mirror::{device_check_zero, device_fill_by, device_words, MAP, MIGRATE};
 use crate::common::{assert_place, assert_witness, moved, places, to_device, to_system};
 use hmm_gpu::{Device, Errno, Place, Target};
 
@@ -41,6 +43,58 @@ fn untouched_memory_arrives_as_zeroes() {
     driver.finish();
 }
 
+/// Catches VRAM, be it of pages or of tables, that another process gets with what was in it: all of it is written by one, which ends in
+/// whatever way, and scanned by another's device.
+#[test]
+fn another_process_finds_nothing_in_all_of_the_vram() {
+    let driver = Driver::load("soft=1 soft_mib=16");
+    let pages = (16 << 20) / PAGE;
+    for ends in 0..3 {
+        let secret = Child::fork(|link| {
+            let device = Device::open(0).unwrap();
+            // In many places, for the sake of its tables, and huge, and as much as there is room for.
+            let sparse = Area::new(64 * HUGE);
+            sparse.advise(libc::MADV_NOHUGEPAGE).unwrap();
+            (0..64).for_each(|i| device_fill_by(&device, sparse.page(i * HUGE), 1, MIGRATE));
+            let area = Area::new(pages);
+            let advice = [libc::MADV_NOHUGEPAGE, libc::MADV_HUGEPAGE][ends % 2];
+            area.advise(advice).unwrap();
+            device_fill_by(&device, *area, 1, MIGRATE);
+            link.send(0);
+            link.receive();
+            if ends == 0 {
+                area.advise(libc::MADV_DONTNEED).unwrap();
+            }
+        });
+        let mut secret = secret;
+        secret.receive();
+        if ends == 2 {
+            secret.kill();
+        } else {
+            secret.send(0);
+            secret.finish();
+        }
+        Child::fork(|_| {
+            let device = Device::open(0).unwrap();
+            let area = Area::new(pages);
+            // All but the tables that it takes to look.
+            for i in 0..pages / HUGE {
+                device_check_zero(&device, area.part(i * HUGE, HUGE));
+            }
+            let part = area.part(0, pages - 64);
+            part.advise(libc::MADV_DONTNEED).unwrap();
+            to_device(&device, part);
+            for i in 0..part.pages / HUGE {
+                let words = device_words(&device, part.part(i * HUGE, HUGE), MAP);
+                assert_eq!(words.iter().find(|word| **word != 0), None);
+            }
+            part.check_zero();
+        })
+        .finish();
+    }
+    driver.finish();
+}
+
 /// Catches VRAM that is not given back, at each of the ways that memory goes.
 #[test]
 fn vram_is_free_again_as_soon_as_its_memory_is_gone() {
@@ -67,7 +121,8 @@ fn vram_is_free_again_as_soon_as_its_memory_is_gone() {
         let kept = unsafe { libc::mremap(shrunk.addr as *mut _, shrunk.bytes(), 100 * PAGE, 0) };
         assert_eq!(kept as usize, shrunk.addr);
         assert_eq!(live(), 100);
-        area.part(150, 50).check(61);
+        // Backwards, so that nothing comes along.
+        (150..200).rev().for_each(|page| area.page(page).check(61));
         assert_eq!(live(), 50);
         area.part(200, 50).check(61);
         assert_eq!(live(), 0);
