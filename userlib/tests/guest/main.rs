@@ -13,6 +13,7 @@ mod debug_injection;
 mod dmirror;
 mod failures;
 mod fork;
+mod fuzz;
 mod hostile;
 mod kinds;
 mod large;

@@ -10,6 +10,13 @@ use super::memory::{errno, last_errno};
 
 const TOO_LONG: Duration = Duration::from_secs(60);
 
+/// Says something, through no lock and past the harness of the tests: what a forked process hands to that, nobody sees.
+pub fn say(text: &str) {
+    let text = format!("{text}\n");
+    // SAFETY: the text is that long.
+    unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
+}
+
 /// Either end of the line between a test and a child.
 pub struct Link(UnixStream);
 
@@ -52,9 +59,10 @@ impl Child {
             drop(ours);
             let mut link = Link(theirs);
             set_hook(Box::new(|panic| {
-                let text = format!("\nin the forked process {}: {panic}\n", std::process::id());
-                // SAFETY: the text is that long.
-                unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
+                say(&format!(
+                    "\nin the forked process {}: {panic}",
+                    std::process::id()
+                ));
             }));
             let status = match catch_unwind(AssertUnwindSafe(|| work(&mut link))) {
                 Ok(()) => 0,
@@ -140,6 +148,20 @@ impl Child {
         assert_ne!(taken, -1, "{}", last_errno());
         // SAFETY: as above.
         unsafe { OwnedFd::from_raw_fd(taken as i32) }
+    }
+
+    /// Asserts that it has not ended by itself.
+    #[track_caller]
+    pub fn still_runs(&mut self) {
+        let mut status = 0;
+        // SAFETY: our child; the status is ours.
+        let ended = errno(unsafe { libc::waitpid(self.pid, &mut status, libc::WNOHANG) }).unwrap();
+        self.ended = ended != 0;
+        assert!(
+            !self.ended,
+            "the forked process {} has ended: status {status:#x}",
+            self.pid
+        );
     }
 
     fn wait(&mut self) -> libc::c_int {

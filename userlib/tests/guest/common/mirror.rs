@@ -349,7 +349,7 @@ impl Seen {
     }
 
     /// What must be true of any page at any time.
-    fn is_possible(self) -> bool {
+    pub fn is_possible(self) -> bool {
         let known = 0xff
             | uapi::HMM_GPU_SNAPSHOT_MIRROR_EXCLUSIVE
             | (uapi::HMM_GPU_SNAPSHOT_ORDER_MASK << uapi::HMM_GPU_SNAPSHOT_ORDER_SHIFT)

@@ -147,6 +147,13 @@ pub fn rounds(full: usize) -> usize {
     }
 }
 
+/// How long a test is to go on that can go on for ever: `HMM_GPU_STRESS_SECONDS`, if it says so.
+pub fn asked_seconds() -> Option<Duration> {
+    let text = std::env::var("HMM_GPU_STRESS_SECONDS").unwrap_or_default();
+    let seconds = || text.parse().expect("HMM_GPU_STRESS_SECONDS is a number");
+    (!text.is_empty()).then(|| Duration::from_secs(seconds()))
+}
+
 /// How long something may take that takes no time on a machine that is idle.
 pub fn patience(full: Duration) -> Duration {
     if is_checking() {

@@ -8,6 +8,16 @@ pub fn mix(number: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// The seed of a test: what `HMM_GPU_SEED` says, and `usual` where it says nothing. It is printed, to be asked for again.
+pub fn seed(usual: u64) -> u64 {
+    let seed = match std::env::var("HMM_GPU_SEED") {
+        Ok(text) if !text.is_empty() => text.parse().expect("HMM_GPU_SEED is a number"),
+        _ => usual,
+    };
+    println!("HMM_GPU_SEED={seed}");
+    seed
+}
+
 /// A sequence of numbers.
 pub struct Random(u64);
 
@@ -26,6 +36,16 @@ impl Random {
     /// The next number, less than `end`.
     pub fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
+    }
+
+    /// One of some things.
+    pub fn of<T: Copy>(&mut self, these: &[T]) -> T {
+        these[self.below(these.len())]
+    }
+
+    /// Once in so many times.
+    pub fn once_in(&mut self, times: usize) -> bool {
+        self.below(times) == 0
     }
 
     /// The numbers less than `count`, in any order.
