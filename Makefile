@@ -58,6 +58,14 @@ test-stock: ## the part of it on Debian's kernel, and what needs no kernel
 test-debug: ## the other part: the guest's tests, on a kernel that checks (KASAN, lockdep, kmemleak and more; built once)
 	@bench/test --debug
 
+# How long each of them goes on, and where its numbers begin.
+SECONDS ?= 600
+SEED ?= $(shell date +%s)
+
+.PHONY: soak
+soak: ## the stress and the fuzzer for long, on the checking kernel: SECONDS=600 each; SEED=N for the one that was printed
+	@HMM_GPU_STRESS_SECONDS=$(SECONDS) HMM_GPU_SEED=$(SEED) bench/test --debug guest_stress guest_fuzz
+
 .PHONY: hmm-tests
 hmm-tests: driver ## the kernel's own HMM suite on the driver and on the C module it was written for, side by side
 	@bench/hmm-tests/run

@@ -29,6 +29,7 @@ mod patches;
 mod power;
 mod pressure;
 mod races;
+mod stress;
 mod survive;
 mod table;
 mod teardown;
