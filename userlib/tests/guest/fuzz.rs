@@ -16,8 +16,9 @@ use crate::common::misuse::{call, sized, user_end};
 use crate::common::random::{mix, seed, Random};
 use crate::common::{asked_seconds, eventually, is_checking, places, to_device};
 use hmm_gpu::uapi::{
-    self, hmm_gpu_access, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault, hmm_gpu_fault,
-    hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+    self, hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault,
+    hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
+    hmm_gpu_snapshot,
 };
 use hmm_gpu::{Device, Errno, Target};
 
@@ -43,8 +44,9 @@ const ACCESS: usize = 5;
 const FAULT: usize = 6;
 const SNAPSHOT: usize = 7;
 const ATOMIC: usize = 8;
+const ADVICE: usize = 9;
 
-const CALLS: [Known; 9] = [
+const CALLS: [Known; 10] = [
     (
         "QUERY",
         uapi::HMM_GPU_QUERY,
@@ -146,6 +148,19 @@ const CALLS: [Known; 9] = [
             Errno::OPNOTSUPP,
             Errno::BUSY,
             Errno::NOSPC,
+            Errno::NOMEM,
+            Errno::INTR,
+        ],
+    ),
+    (
+        "ADVISE",
+        uapi::HMM_GPU_ADVISE,
+        size_of::<hmm_gpu_advise>(),
+        0x30,
+        &[
+            Errno::INVAL,
+            Errno::FAULT,
+            Errno::TOOBIG,
             Errno::NOMEM,
             Errno::INTR,
         ],
@@ -478,6 +493,7 @@ impl Caller<'_> {
             }
             ACCESS => self.access(),
             FAULT => self.fault(),
+            ADVICE => self.advice(),
             _ => self.atomic(),
         }
     }
@@ -580,6 +596,35 @@ impl Caller<'_> {
         (bytemuck::bytes_of(&it).to_vec(), broken)
     }
 
+    fn advice(&mut self) -> (Vec<u8>, bool) {
+        let (addr, len) = self.ground.range(&mut self.random);
+        let (advice, good) = self.choice(5);
+        let value = match advice {
+            uapi::HMM_GPU_ADVICE_GRANULARITY => {
+                self.random
+                    .of(&[0, 4096, 65536, 2 << 20, 1, 12288, 4 << 20, u64::MAX])
+            }
+            _ => self.random.of(&[0, 0, 1, 1, 1, 2, 3, u64::MAX]),
+        };
+        let fits = match advice {
+            uapi::HMM_GPU_ADVICE_RESET => value == 0,
+            uapi::HMM_GPU_ADVICE_LOCATION => value <= 2,
+            uapi::HMM_GPU_ADVICE_GRANULARITY => [0, 4096, 65536, 2 << 20].contains(&value),
+            _ => value <= 1,
+        };
+        let (flags, (reserved, broken)) = (self.flags(32), self.reserved());
+        let it = hmm_gpu_advise {
+            addr,
+            len,
+            advice,
+            flags: flags as u32,
+            value,
+            reserved,
+        };
+        let broken = broken || flags != 0 || !good || !fits || self.ground.refuses(addr, len);
+        (bytemuck::bytes_of(&it).to_vec(), broken)
+    }
+
     fn atomic(&mut self) -> (Vec<u8>, bool) {
         let bytes = self.random.of(&[4, 8]);
         let most = if bytes == 8 {
@@ -644,7 +689,7 @@ impl Caller<'_> {
     fn make(&mut self) -> Made {
         let known = self.random.of(&[
             QUERY, COUNTERS, MIRROR, MIGRATION, MIGRATION, RESIDENCY, SNAPSHOT, ACCESS, ACCESS,
-            ACCESS, FAULT, FAULT, ATOMIC, ATOMIC,
+            ACCESS, FAULT, FAULT, ATOMIC, ATOMIC, ADVICE, ADVICE,
         ]);
         let (_, number, size, smallest, _) = CALLS[known];
         let (bytes, broken) = self.structure(known);

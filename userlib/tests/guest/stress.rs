@@ -20,7 +20,7 @@ use crate::common::random::{mix, seed, Random};
 use crate::common::swap::Swap;
 use crate::common::{asked_seconds, is_checking, patience, Stop};
 use hmm_gpu::uapi::HMM_GPU_ATOMIC_ADD;
-use hmm_gpu::{Device, Errno, Place, Target};
+use hmm_gpu::{Advice, Device, Errno, Place, Target};
 
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 const ANONYMOUS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -39,7 +39,7 @@ const GPU_UNIT: usize = 1;
 const TOO_LONG: Duration = Duration::from_secs(60);
 
 /// What a thread does in a step.
-const DEEDS: [(&str, usize); 26] = [
+const DEEDS: [(&str, usize); 27] = [
     ("write", 12),
     ("check", 12),
     ("write alike", 2),
@@ -64,6 +64,7 @@ const DEEDS: [(&str, usize); 26] = [
     ("migrate", 12),
     ("migrate others", 6),
     ("residency", 3),
+    ("advice", 3),
     ("snapshot", 3),
     ("describe", 2),
     ("reopen", 1),
@@ -708,6 +709,21 @@ impl Worker<'_> {
             "fault" => {
                 let span = plot.any(&mut self.random);
                 (span, self.fault(device, plot, span, policy), None)
+            }
+            "advice" => {
+                let span = plot.run(&mut self.random, Page::is_mapped)?;
+                let advice = self.random.of(&[
+                    Advice::Reset,
+                    Advice::Reset,
+                    Advice::Location(Some(Target::System)),
+                    Advice::Location(Some(Target::Device)),
+                    Advice::ReadMostly(true),
+                    Advice::NoMigrate(true),
+                    Advice::Granularity(Some(16 * PAGE)),
+                ]);
+                let answer = device.advise_range(span.addr, span.bytes(), advice);
+                let answer = answer.map_err(|error| error.errno().unwrap());
+                (span, answer, Some(Errno::TOOBIG))
             }
             "migrate" | "migrate others" => {
                 let target = self
