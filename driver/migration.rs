@@ -483,7 +483,7 @@ impl<'a> Request<'a> {
             (Target::System, Kind::Private) => Select::Device,
             (Target::System, Kind::Coherent) => Select::Coherent,
         };
-        let mut outcome = self.move_selected(map, vma, start, end, select);
+        let mut outcome = self.move_selected(map, lock, vma, start, end, select);
         let pages = outcome.without_memory.unwrap_or((end - start) / PAGE_BYTES);
         let mut found = Found::default();
         if outcome.moved < pages {
@@ -492,7 +492,7 @@ impl<'a> Request<'a> {
         // A second time, because it is seldom, and would have what is here already be collected too.
         if self.target == Target::Device && found.other > 0 && !self.only_system {
             let stop = start + pages * PAGE_BYTES;
-            let more = self.move_selected(map, vma, start, stop, Select::Device);
+            let more = self.move_selected(map, lock, vma, start, stop, Select::Device);
             // Others may have moved some back between the two.
             outcome.moved = pages.min(outcome.moved + more.moved);
             // What did not fit is among what is skipped.
@@ -517,7 +517,57 @@ impl<'a> Request<'a> {
     }
 
     /// Moves those pages of `[start, end)` that are in what is selected.
+    ///
+    /// Pages that KSM has merged are not collected at all. `migrate_vma_collect_pmd` puts a migration entry
+    /// in the place of each page before it knows that the reverse map has that place, and takes it away by
+    /// the reverse map; KSM's has no place where ksmd has not been since a fork, or since it last found the
+    /// page missing. Such an entry stays for ever, and who touches it spins (7.3).
     fn move_selected(
+        &mut self,
+        map: &PageMap<DeviceMemory>,
+        lock: &ReadLocked<'_>,
+        vma: LockedVma<'_>,
+        start: usize,
+        end: usize,
+        select: Select,
+    ) -> Outcome {
+        if !self.may_move(vma) {
+            return Outcome::default();
+        }
+        if select != Select::System || vma.flags() & flags::MERGEABLE == 0 {
+            return self.move_run(map, vma, start, end, select);
+        }
+        let mut outcome = Outcome::default();
+        let mut at = start;
+        while at < end {
+            let pages = (end - at) / PAGE_BYTES;
+            let Some(seen) = self.seen.get_mut(..pages) else {
+                break;
+            };
+            if self.seat.mirror.look(lock, at, seen).is_err() {
+                break;
+            }
+            let merged = seen.iter().take_while(|seen| seen.is_merged()).count();
+            let rest = seen.iter().skip(merged);
+            let others = rest.take_while(|seen| !seen.is_merged()).count();
+            at += merged * PAGE_BYTES;
+            if others == 0 {
+                break;
+            }
+            let run = self.move_run(map, vma, at, at + others * PAGE_BYTES, select);
+            outcome.moved += run.moved;
+            outcome.stuck += run.stuck;
+            if let Some(i) = run.without_memory {
+                outcome.without_memory = Some((at - start) / PAGE_BYTES + i);
+                break;
+            }
+            at += others * PAGE_BYTES;
+        }
+        outcome
+    }
+
+    /// Moves those pages of `[start, end)` that are in what is selected, none of which KSM has merged.
+    fn move_run(
         &mut self,
         map: &PageMap<DeviceMemory>,
         vma: LockedVma<'_>,
@@ -526,9 +576,6 @@ impl<'a> Request<'a> {
         select: Select,
     ) -> Outcome {
         let mut outcome = Outcome::default();
-        if !self.may_move(vma) {
-            return outcome;
-        }
         // On the device as in system memory: who wants no large pages (`MADV_NOHUGEPAGE`) gets none.
         // What is large there comes back as it is. Device-coherent folios are of a page: the kernel
         // does not collect others.

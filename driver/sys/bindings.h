@@ -52,6 +52,7 @@ enum hmm_gpu_atomic { HMM_GPU_ADD, HMM_GPU_AND, HMM_GPU_OR, HMM_GPU_XCHG, HMM_GP
 u64 hmm_gpu_atomic(void *word, enum hmm_gpu_atomic op, bool wide, u64 operand, u64 compare);
 int hmm_gpu_memory_failure(unsigned long pfn);
 bool hmm_gpu_is_zero_pfn(unsigned long pfn);
+bool hmm_gpu_is_ksm_pfn(unsigned long pfn);
 bool hmm_gpu_is_private_pfn(unsigned long pfn);
 
 /* page maps */

@@ -204,6 +204,12 @@ bool hmm_gpu_is_zero_pfn(unsigned long pfn)
 	return is_zero_pfn(pfn);
 }
 
+/* Of a page that was mapped a moment ago: a hint, unless that is so still. */
+bool hmm_gpu_is_ksm_pfn(unsigned long pfn)
+{
+	return pfn_valid(pfn) && folio_test_ksm((struct folio *)pfn_to_page(pfn));
+}
+
 bool hmm_gpu_is_private_pfn(unsigned long pfn)
 {
 	struct dev_pagemap *pgmap = get_dev_pagemap(pfn);
