@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::common::child::{say, Child};
-use crate::common::driver::{assert_empty, is_bound, Driver, GPUS};
+use crate::common::driver::{self, assert_empty, is_bound, Driver, GPUS};
 use crate::common::huge::MADV_COLLAPSE;
+use crate::common::kernel::{self, Entry};
 use crate::common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
 use crate::common::mirror::{
     atomic, copy, read, try_fault, try_snapshot, wants, write, MAP, MIGRATE, NONE, READ, WRITE,
@@ -127,12 +128,57 @@ fn watch(board: &Board, stop: &AtomicBool) {
                 say(&format!(
                     "{name} has made no progress since step {steps}: {deed}"
                 ));
+                for _ in 0..2 {
+                    tell_places();
+                    std::thread::sleep(Duration::from_secs(1));
+                }
                 // The kernel's log has where each waits, or what it does instead, and then the machine ends: who hangs cannot.
                 for request in ["w", "l", "l", "l", "c"] {
                     let _ = fs::write("/proc/sysrq-trigger", request);
                     std::thread::sleep(Duration::from_secs(1));
                 }
             }
+        }
+    }
+}
+
+/// Says what the processes' page tables have for what the threads own, and how often the devices had a CPU come again.
+fn tell_places() {
+    for unit in Device::list() {
+        let counters = Device::open(unit).map(|device| driver::counters(&device));
+        say(&format!("device {unit}: {counters:?}"));
+    }
+    let pids = fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    for pid in pids {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let mut kinds = std::collections::BTreeMap::new();
+        for line in maps.lines() {
+            let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            let number = |text| usize::from_str_radix(text, 16).unwrap();
+            let (start, end) = (number(start), number(end));
+            // Where areas are.
+            if start >> 44 != 2 {
+                continue;
+            }
+            let entries = kernel::pagemap(pid, start, (end - start) / PAGE);
+            for (i, entry) in entries.into_iter().enumerate() {
+                let kind = match entry {
+                    Entry::None => "none",
+                    Entry::Present { .. } => "present",
+                    Entry::DevicePrivate { .. } => "device",
+                    Entry::Migrating => "migrating",
+                    Entry::Other { .. } => "other",
+                };
+                let (count, first) = kinds.entry(kind).or_insert((0, vec![]));
+                *count += 1;
+                if ["migrating", "other"].contains(&kind) && first.len() < 6 {
+                    first.push((start + i * PAGE, entry));
+                }
+            }
+        }
+        if !kinds.is_empty() {
+            say(&format!("process {pid}: {kinds:x?}"));
         }
     }
 }
