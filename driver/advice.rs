@@ -135,6 +135,8 @@ impl Advices {
         change: Change,
         room: &mut Room,
     ) -> Result {
+        // Holes may have made more.
+        let most = MOST.max(self.ranges.len());
         let mut add = |range: Range| -> Result {
             if range.start >= range.end || range.advice == Advice::default() {
                 return Ok(());
@@ -145,7 +147,7 @@ impl Advices {
                     return Ok(());
                 }
             }
-            if room.0.len() == MOST {
+            if room.0.len() == most {
                 return Err(E2BIG);
             }
             room.0.push_within_capacity(range).map_err(|_| E2BIG)

@@ -32,9 +32,16 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
     // memory.
     const FAILURES: usize = 16;
 
+    // Each makes room for a page at least. That many, so that who makes room for others, who are always
+    // faster, has an end.
+    const ATTEMPTS: usize = 2 * BLOCK_PAGES;
+
     let alloc = &map.data().alloc;
     let mut failures = 0;
-    while alloc.free() < needed {
+    for _ in 0..ATTEMPTS {
+        if alloc.free() >= needed {
+            return true;
+        }
         let Some(block) = alloc.usage().victim(taker) else {
             return false;
         };
@@ -42,8 +49,8 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
         let pages = first..first + BLOCK_PAGES;
         let may_go = |index, order| !alloc.usage().is_needed(index, order, taker);
         let moved = evict(map, pages, Cause::Pressure, may_go);
-        trace::evict(map.data().identity.unit, first * PAGE_BYTES, moved, needed);
         if moved > 0 {
+            trace::evict(map.data().identity.unit, first * PAGE_BYTES, moved, needed);
             map.data().counters.evictions.add(1);
             failures = 0;
             continue;
@@ -54,7 +61,7 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
             return false;
         }
     }
-    true
+    alloc.free() >= needed
 }
 
 /// Tries once to move each live page to system memory, until there is no memory for one. Returns

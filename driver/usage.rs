@@ -219,7 +219,12 @@ impl Usage {
 
     /// A device has used page `index`.
     pub(crate) fn touch(&self, index: usize) {
-        self.used_in(index, self.clock.load(Relaxed) | 1);
+        self.used_in(index, self.just_now());
+    }
+
+    /// The time just before the last turn: later than all before it, and nobody's turn.
+    fn just_now(&self) -> u32 {
+        self.clock.load(Relaxed).wrapping_sub(1)
     }
 
     fn used_in(&self, index: usize, turn: u32) {
@@ -280,7 +285,7 @@ impl Usage {
     /// A block could not be emptied: others are tried before it is again.
     pub(crate) fn put_off(&self, block: usize) {
         if let Some(block) = self.blocks.get(block) {
-            block.turn.store(self.clock.load(Relaxed) | 1, Relaxed);
+            block.turn.store(self.just_now(), Relaxed);
         }
     }
 }

@@ -25,7 +25,7 @@ fn resident(device: &Device, span: Span) -> usize {
 /// Catches sequential touches that fault for each page, and neighbours that come back with a byte wrong.
 #[test]
 fn who_touches_page_after_page_gets_more_each_time() {
-    let (driver, device) = Driver::load_with("", GPUS[0]);
+    let (driver, device) = Driver::load_with("fault_around=64", GPUS[0]);
     let area = Area::filled(4 * HUGE, 1);
     to_device(&device, *area);
     // 1, 2, 4, 8, 16, 32, and 64 from there on: in all 4 times 2 MiB, where each begins anew at the end of the last.
@@ -41,7 +41,7 @@ fn who_touches_page_after_page_gets_more_each_time() {
 /// Catches a touch here and there that brings back what nobody asked for.
 #[test]
 fn who_touches_at_random_gets_one_page_each() {
-    let (driver, device) = Driver::load_with("", GPUS[0]);
+    let (driver, device) = Driver::load_with("fault_around=64", GPUS[0]);
     let area = Area::filled(2 * HUGE, 2);
     to_device(&device, *area);
     // No two are neighbours, in an order that goes up and down.
@@ -85,7 +85,7 @@ fn the_parameter_is_the_most_that_comes() {
 /// Catches neighbours that are brought from beyond the mapping, from holes, or from what may not be touched.
 #[test]
 fn what_is_not_there_does_not_come_along() {
-    let (driver, device) = Driver::load_with("", GPUS[0]);
+    let (driver, device) = Driver::load_with("fault_around=64", GPUS[0]);
     let area = Area::filled(400, 4);
     to_device(&device, *area);
     area.part(50, 10).advise(libc::MADV_DONTNEED).unwrap();
@@ -111,7 +111,7 @@ fn what_is_not_there_does_not_come_along() {
 /// Catches a page that both sides want and that goes there and back for ever, and one that stays for ever since it once did.
 #[test]
 fn a_page_that_bounces_stays_for_a_while() {
-    let (driver, device) = Driver::load_with("bounce_ms=500", GPUS[0]);
+    let (driver, device) = Driver::load_with("bounce_ms=1000", GPUS[0]);
     let area = Area::filled(20, 5);
     let page = area.page(10);
     let before = counters(&device);
@@ -131,7 +131,7 @@ fn a_page_that_bounces_stays_for_a_while() {
     // Who asks for it to go is served.
     to_device(&device, *area);
     page.check(9);
-    std::thread::sleep(Duration::from_millis(5100));
+    std::thread::sleep(Duration::from_millis(10_100));
     device_check_by(&device, *area, 9, MIGRATE);
     // Its entry is there still: another has to miss it.
     let other = Device::open_path(device.path()).unwrap();

@@ -763,10 +763,13 @@ impl Caller<'_> {
             // Another's type, another direction, or a number to come.
             1 => {
                 let kind = random.of(&[0xe7, 0xe9, 0x00, 0xff]) << 8;
-                uapi::HMM_GPU_QUERY & !0xff00 | kind | random.below(9) as u32
+                uapi::HMM_GPU_QUERY & !0xff00 | kind | random.below(CALLS.len()) as u32
             }
-            2 => CALLS[random.below(9)].1 & !(3 << 30) | ((random.below(3) as u32) << 30),
-            _ => uapi::HMM_GPU_QUERY & !0xff | (9 + random.below(247) as u32),
+            2 => CALLS[random.below(CALLS.len())].1 & !(3 << 30) | ((random.below(3) as u32) << 30),
+            _ => {
+                let first = CALLS.len();
+                uapi::HMM_GPU_QUERY & !0xff | (first + random.below(256 - first)) as u32
+            }
         };
         let (place, _) = self.place(&[0x5a; 64]);
         let answer = call(self.file(), number, place);
@@ -1058,7 +1061,7 @@ fn fuzz(seed: u64, calls: usize, time: Duration) {
 /// stops it, or that it answers with an error which is not that call's.
 #[test]
 fn whatever_is_asked_nothing_else_is_changed() {
-    let driver = Driver::load("soft=1 soft_mib=8");
+    let driver = Driver::load("soft=1 soft_mib=8 fault_around=64 bounce_ms=20");
     let device = Device::open(0).unwrap();
     fs::set_permissions(device.path(), fs::Permissions::from_mode(0o666)).unwrap();
     // Another process's, which is in the way in so little VRAM.

@@ -656,7 +656,7 @@ fn looks_and_advice_meet_large_folios() {
 /// check them, while others move and touch the same addresses, through two devices.
 #[test]
 fn everything_at_once_loses_nothing_of_large_folios() {
-    let (mut driver, device) = Driver::load_with("", GPUS[0]);
+    let (mut driver, device) = Driver::load_with("fault_around=64", GPUS[0]);
     let devices = [device, driver.bind(GPUS[1])];
     turmoil(&devices, || ());
     let work = devices.each_ref().map(|device| device.counters().unwrap());

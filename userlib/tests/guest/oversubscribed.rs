@@ -9,12 +9,23 @@ use crate::common::driver::{counters, Driver};
 use crate::common::memory::{Area, Span, HUGE, PAGE};
 use crate::common::mirror::{device_check_by, device_fill_by, MAP, MIGRATE};
 use crate::common::random::Random;
-use crate::common::{assert_place, huge, places, refused, rounds, to_device, to_system};
+use crate::common::{
+    assert_place, huge, is_checking, places, refused, rounds, to_device, to_system,
+};
 use hmm_gpu::{Device, Errno, Place, Target};
 
 /// How many pages can be in the VRAM of a device.
 fn room(device: &Device) -> usize {
     device.describe().unwrap().vram_bytes as usize / PAGE
+}
+
+/// A device with little VRAM: less where all takes several times longer.
+fn little() -> &'static str {
+    if is_checking() {
+        "soft=1 soft_mib=6 fault_around=64"
+    } else {
+        "soft=1 soft_mib=16 fault_around=64"
+    }
 }
 
 /// Pages of a span that are in VRAM.
@@ -26,7 +37,7 @@ fn resident(device: &Device, span: Span) -> usize {
 /// VRAM, written and read by the device from end to end, and in no order at all, in small pages and in huge ones.
 #[test]
 fn four_times_as_much_as_there_is_vram() {
-    let driver = Driver::load("soft=1 soft_mib=16");
+    let driver = Driver::load(little());
     let device = Device::open(0).unwrap();
     for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_HUGEPAGE] {
         let area = Area::new(4 * room(&device));
@@ -70,7 +81,7 @@ fn four_times_as_much_as_there_is_vram() {
 /// there is VRAM, and one that is killed.
 #[test]
 fn four_processes_with_as_much_each() {
-    let driver = Driver::load("soft=1 soft_mib=16");
+    let driver = Driver::load(little());
     let device = Device::open(0).unwrap();
     let pages = room(&device);
     let work = |i: u64, rounds: usize| {
@@ -208,7 +219,7 @@ fn what_was_not_used_for_longest_goes_first() {
 #[test]
 fn a_greedy_client_leaves_the_others_their_share() {
     for share in [100, 0] {
-        let driver = Driver::load(&format!("soft=1 soft_mib=32 fair_share={share}"));
+        let driver = Driver::load(&format!("soft=1 soft_mib=16 fair_share={share}"));
         let device = Device::open(0).unwrap();
         let pages = room(&device);
         let modest = Area::filled(pages / 4, 1);

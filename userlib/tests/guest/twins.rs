@@ -23,8 +23,7 @@ const ANONYMOUS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 
 /// Two files on one device, and one on another.
 fn trio() -> (Driver, [Device; 3]) {
-    // What stays where is said of every page.
-    let mut driver = Driver::load("soft=1 soft_mib=16 fault_around=1");
+    let mut driver = Driver::load("soft=1 soft_mib=16");
     let one = driver.bind(GPUS[0]);
     let twin = Device::open_path(one.path()).unwrap();
     (driver, [one, twin, Device::open(0).unwrap()])

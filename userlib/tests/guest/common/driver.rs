@@ -52,12 +52,14 @@ impl Driver {
         );
         let iomem = kernel::iomem();
         // Where a page is should not depend on how fast the machine is.
-        let still = if parameters.contains("bounce_ms") {
-            ""
-        } else {
-            " bounce_ms=0"
-        };
-        let parameters = &format!("{parameters}{still}");
+        // And not on who touched its neighbours, but where that is what a test is about.
+        let mut all = parameters.to_owned();
+        for (name, quiet) in [("bounce_ms", 0), ("fault_around", 1)] {
+            if !parameters.contains(name) {
+                all += &format!(" {name}={quiet}");
+            }
+        }
+        let parameters = &all;
         kernel::insert_module(Path::new(kernel::MODULE), parameters)?;
         Ok(Self {
             iomem,
