@@ -521,7 +521,8 @@ impl<'a> Request<'a> {
     /// Pages that KSM has merged are not collected at all. `migrate_vma_collect_pmd` puts a migration entry
     /// in the place of each page before it knows that the reverse map has that place, and takes it away by
     /// the reverse map; KSM's has no place where ksmd has not been since a fork, or since it last found the
-    /// page missing. Such an entry stays for ever, and who touches it spins (7.3).
+    /// page missing. Such an entry stays for ever, and who touches it spins (7.3). The mapping need not be
+    /// one that may be merged: what is swapped in is as it was.
     fn move_selected(
         &mut self,
         map: &PageMap<DeviceMemory>,
@@ -534,7 +535,7 @@ impl<'a> Request<'a> {
         if !self.may_move(vma) {
             return Outcome::default();
         }
-        if select != Select::System || vma.flags() & flags::MERGEABLE == 0 {
+        if select != Select::System {
             return self.move_run(map, vma, start, end, select);
         }
         let mut outcome = Outcome::default();

@@ -1110,8 +1110,12 @@ fn whatever_happens_every_byte_is_where_it_belongs() {
         report += &format!(", {deed}: {}", done.load(Relaxed));
     }
     say(&report);
-    // The checking kernel does a fraction of it in the time.
-    let enough = if is_checking() { 0 } else { 11 };
+    // The checking kernel does a fraction of it in the time, and who asks for little gets little.
+    let enough = if is_checking() || asked_seconds().is_some() {
+        0
+    } else {
+        11
+    };
     for ((deed, _), done) in DEEDS.iter().zip(&board.done) {
         assert!(done.load(Relaxed) >= enough, "{deed} was hardly ever done");
     }
