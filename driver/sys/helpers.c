@@ -207,7 +207,8 @@ bool hmm_gpu_is_zero_pfn(unsigned long pfn)
 /* Of a page that was mapped a moment ago: a hint, unless that is so still. */
 bool hmm_gpu_is_ksm_pfn(unsigned long pfn)
 {
-	return pfn_valid(pfn) && folio_test_ksm((struct folio *)pfn_to_page(pfn));
+	/* KSM merges single pages. What is the mapping of those is something else in the tail of a folio. */
+	return pfn_valid(pfn) && !PageCompound(pfn_to_page(pfn)) && folio_test_ksm((struct folio *)pfn_to_page(pfn));
 }
 
 bool hmm_gpu_is_private_pfn(unsigned long pfn)
