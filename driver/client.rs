@@ -21,6 +21,7 @@ use crate::{
         PAGE_BYTES,
     },
     migration::{Progress, Request, Target},
+    prefetch::{Job, Prefetches},
     service::{Policy, Service},
     structure::{require, UserStructure, SIZE_BITS},
     sys::{
@@ -30,17 +31,19 @@ use crate::{
     },
     uapi::{
         self, hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_counters,
-        hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query,
-        hmm_gpu_residency, hmm_gpu_snapshot,
+        hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_prefetch,
+        hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
     },
     units,
     usage::{Account, Taker},
 };
 use kernel::{
+    fs::File,
+    iov::IovIterDest,
     mm::{Mm, MmWithUser},
     new_mutex,
     prelude::*,
-    sync::{aref::ARef, Arc, Mutex, SetOnce},
+    sync::{aref::ARef, poll::PollTable, Arc, Mutex, SetOnce},
     task::CurrentTask,
     uaccess::UserSlice,
 };
@@ -51,27 +54,41 @@ pub(crate) type MemoryGate = Gate<PageMap<DeviceMemory>>;
 /// An open file. It serves the address space that opened it.
 #[pin_data]
 pub(crate) struct Client {
+    /// Dropped first: it waits for what is under way.
+    prefetches: Prefetches,
     gate: Arc<MemoryGate>,
     mm: ARef<Mm>,
     /// Made when it is first needed: it takes the lock of the address space, for which an open of
     /// a device node must not wait, since all misc devices wait for that.
-    mirror: SetOnce<Pin<KBox<Mirror<DeviceMemory>>>>,
+    mirror: SetOnce<Arc<Mirror<DeviceMemory>>>,
     /// Held to make it.
     #[pin]
     mirror_lock: Mutex<()>,
-    share: Share,
+    share: Arc<Share>,
 }
 
 /// What a client has of the VRAM: closed when it is dropped.
-struct Share {
+pub(crate) struct Share {
     gate: Arc<MemoryGate>,
     account: Account,
 }
 
 impl Share {
     fn new(gate: Arc<MemoryGate>) -> Result<Self> {
-        let account = gate.enter()?.data().alloc.usage().open();
+        let account = {
+            let map = gate.enter()?;
+            let account = map.data().alloc.usage().open();
+            if let (number, true) = account.number() {
+                map.data().counters.begin(number);
+            }
+            account
+        };
         Ok(Self { gate, account })
+    }
+
+    /// Whether the device is no longer there.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gate.enter().is_err()
     }
 }
 
@@ -91,7 +108,21 @@ pub(crate) struct Seat<'a> {
     account: &'a Account,
 }
 
-impl Seat<'_> {
+impl<'a> Seat<'a> {
+    /// For a client that has a share of the VRAM, and a mirror.
+    pub(crate) fn new(share: &'a Share, mirror: &'a Mirror<DeviceMemory>) -> Self {
+        Self {
+            gate: &share.gate,
+            mirror,
+            account: &share.account,
+        }
+    }
+
+    /// The number of the client's account.
+    pub(crate) fn account(&self) -> i16 {
+        self.account.number().0
+    }
+
     /// A new turn to take VRAM.
     pub(crate) fn turn(&self) -> Result<Taker> {
         Ok(self.gate.enter()?.data().alloc.usage().turn(self.account))
@@ -104,8 +135,9 @@ impl node::Client for Client {
     fn open(gate: &Arc<MemoryGate>) -> Result<impl PinInit<Self, Error>> {
         let mm = ARef::<Mm>::from(&**current!().mm().ok_or(EINVAL)?);
         let gate = gate.clone();
-        let share = Share::new(gate.clone())?;
+        let share = Arc::new(Share::new(gate.clone())?, GFP_KERNEL_ACCOUNT)?;
         Ok(try_pin_init!(Self {
+            prefetches: Prefetches::new(mm.clone(), share.clone())?,
             gate,
             mm,
             mirror: SetOnce::new(),
@@ -128,8 +160,24 @@ impl node::Client for Client {
             n if n == uapi::HMM_GPU_SNAPSHOT & !SIZE_BITS => self.snapshot(mm, number, argument),
             n if n == uapi::HMM_GPU_ATOMIC & !SIZE_BITS => self.atomic(mm, number, argument),
             n if n == uapi::HMM_GPU_ADVISE & !SIZE_BITS => self.advise(mm, number, argument),
+            n if n == uapi::HMM_GPU_PREFETCH & !SIZE_BITS => self.prefetch(mm, number, argument),
             _ => Err(ENOTTY),
         }
+    }
+
+    fn read(self: Pin<&Self>, to: &mut IovIterDest<'_>, may_wait: bool) -> Result<usize> {
+        let gone = match self.own(current!()) {
+            Err(error) if error == EPERM => return Err(error),
+            result => result.is_err(),
+        };
+        match self.prefetches.read(to, may_wait) {
+            Ok(0) if gone => Err(ENODEV),
+            result => result,
+        }
+    }
+
+    fn poll(self: Pin<&Self>, file: &File, table: &PollTable<'_>) -> u32 {
+        self.prefetches.poll(file, table)
     }
 }
 
@@ -152,7 +200,7 @@ impl Client {
             if self.mirror.as_ref().is_none() {
                 let mirror = Mirror::new(mm, self.gate.clone());
                 self.mirror
-                    .populate(KBox::try_pin_init(mirror, GFP_KERNEL_ACCOUNT)?);
+                    .populate(Arc::pin_init(mirror, GFP_KERNEL_ACCOUNT)?);
             }
         }
         self.mirror.as_ref().map(|mirror| &**mirror).ok_or(ENOMEM)
@@ -160,11 +208,7 @@ impl Client {
 
     /// What its calls do their work with.
     pub(crate) fn seat(&self, mm: &MmWithUser) -> Result<Seat<'_>> {
-        Ok(Seat {
-            gate: &self.gate,
-            mirror: self.mirror(mm)?,
-            account: &self.share.account,
-        })
+        Ok(Seat::new(&self.share, self.mirror(mm)?))
     }
 
     fn query(&self, number: u32, argument: usize) -> Result {
@@ -181,23 +225,38 @@ impl Client {
     fn counters(&self, number: u32, argument: usize) -> Result {
         let (counters, user) =
             UserStructure::read::<hmm_gpu_counters>(number, argument, SMALLEST_COUNTERS)?;
-        require(counters.flags == 0)?;
+        require(counters.flags & !uapi::HMM_GPU_COUNTERS_CLIENT == 0)?;
         let answer = {
             let map = self.gate.enter()?;
-            map.data().counters.read(map.data().alloc.used())
+            match counters.flags {
+                0 => map.data().counters.read(map.data().alloc.used()),
+                _ => self.own_counters(&map)?,
+            }
         };
         user.write(answer)
+    }
+
+    /// What this client has done. What its mirror did is known there.
+    fn own_counters(&self, map: &PageMap<DeviceMemory>) -> Result<hmm_gpu_counters> {
+        let (memory, (account, _)) = (map.data(), self.share.account.number());
+        let live = memory.alloc.usage().used_by(account);
+        let counters = memory.counters.of(account).ok_or(EINVAL)?;
+        let mut answer = counters.read(live);
+        if let Some(mirror) = self.mirror.as_ref() {
+            let shape = mirror.shape(map)?;
+            // CAST: Widens.
+            answer.table_pages = shape.nodes as u64;
+            answer.mapped_pages = shape.mapped;
+            answer.invalidations = shape.invalidations;
+        }
+        Ok(answer)
     }
 
     fn migrate(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
         let (mut migrate, user) =
             UserStructure::read::<hmm_gpu_migrate>(number, argument, SMALLEST_MIGRATE)?;
         require(migrate.flags == 0 && migrate.reserved == [0; 2])?;
-        let target = match migrate.target {
-            uapi::HMM_GPU_TARGET_SYSTEM => Target::System,
-            uapi::HMM_GPU_TARGET_DEVICE => Target::Device,
-            _ => return Err(EINVAL),
-        };
+        let target = target(migrate.target)?;
         let (start, end) = range(migrate.addr, migrate.len)?;
         let mut progress = Progress::default();
         let result = Request::new(self.seat(mm)?, target)
@@ -211,6 +270,18 @@ impl Client {
         // What went wrong with the move is what the caller wants to know first.
         let written = user.write(migrate);
         result.and(written)
+    }
+
+    fn prefetch(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
+        let (prefetch, _) =
+            UserStructure::read::<hmm_gpu_prefetch>(number, argument, SMALLEST_PREFETCH)?;
+        require(prefetch.flags == 0 && prefetch.reserved == [0; 2])?;
+        let target = target(prefetch.target)?;
+        let (start, end) = range(prefetch.addr, prefetch.len)?;
+        self.mirror(mm)?;
+        let mirror = self.mirror.as_ref().ok_or(ENOMEM)?.clone();
+        let job = Job::new(mirror, target, start..end, &prefetch);
+        self.prefetches.add(job)
     }
 
     fn residency(&self, mm: &MmWithUser, number: u32, argument: usize) -> Result {
@@ -496,6 +567,15 @@ impl Client {
     }
 }
 
+/// Where a call moves to.
+fn target(number: u32) -> Result<Target> {
+    match number {
+        uapi::HMM_GPU_TARGET_SYSTEM => Ok(Target::System),
+        uapi::HMM_GPU_TARGET_DEVICE => Ok(Target::Device),
+        _ => Err(EINVAL),
+    }
+}
+
 /// The policy of a call that services faults.
 fn policy(number: u32) -> Result<Policy> {
     match number {
@@ -612,3 +692,5 @@ const SMALLEST_SNAPSHOT: usize = 0x30;
 const SMALLEST_ATOMIC: usize = 0x50;
 // That of version 4.
 const SMALLEST_ADVISE: usize = 0x30;
+// That of version 5.
+const SMALLEST_PREFETCH: usize = 0x30;

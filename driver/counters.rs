@@ -5,7 +5,11 @@
 #![forbid(unsafe_code)]
 
 use crate::uapi::hmm_gpu_counters;
-use kernel::sync::atomic::{Atomic, Relaxed};
+use core::ops::Deref;
+use kernel::{
+    prelude::*,
+    sync::atomic::{Atomic, Relaxed},
+};
 
 /// A number that only grows.
 pub(crate) struct Counter(Atomic<u64>);
@@ -21,9 +25,8 @@ impl Counter {
         self.0.add(n as u64, Relaxed);
     }
 
-    /// The same.
-    pub(crate) fn add_u64(&self, n: u64) {
-        self.0.add(n, Relaxed);
+    fn clear(&self) {
+        self.0.store(0, Relaxed);
     }
 
     fn get(&self) -> u64 {
@@ -67,6 +70,13 @@ pub(crate) struct Counters {
     pub(crate) copy_ns: Counter,
     pub(crate) pages_ns: Counter,
     pub(crate) finalize_ns: Counter,
+    pub(crate) copy_failures: Counter,
+    pub(crate) insertion_failures: Counter,
+    pub(crate) unused: Counter,
+    pub(crate) faults_in_device: Counter,
+    pub(crate) faults_in_system: Counter,
+    pub(crate) fault_failures: Counter,
+    pub(crate) cpu_fault_failures: Counter,
 }
 
 impl Counters {
@@ -107,7 +117,62 @@ impl Counters {
             copy_ns: Counter::new(),
             pages_ns: Counter::new(),
             finalize_ns: Counter::new(),
+            copy_failures: Counter::new(),
+            insertion_failures: Counter::new(),
+            unused: Counter::new(),
+            faults_in_device: Counter::new(),
+            faults_in_system: Counter::new(),
+            fault_failures: Counter::new(),
+            cpu_fault_failures: Counter::new(),
         }
+    }
+
+    /// All zero again.
+    fn clear(&self) {
+        let all = [
+            &self.allocated,
+            &self.freed,
+            &self.to_device,
+            &self.populated,
+            &self.to_system,
+            &self.fault_back,
+            &self.evicted,
+            &self.cpu_faults,
+            &self.cpu_fault_retries,
+            &self.skipped,
+            &self.vram_failures,
+            &self.system_failures,
+            &self.device_faults,
+            &self.mapped,
+            &self.invalidations,
+            &self.tables_taken,
+            &self.tables_freed,
+            &self.device_read,
+            &self.device_written,
+            &self.from_other,
+            &self.to_other,
+            &self.large_to_device,
+            &self.large_to_system,
+            &self.large_failures,
+            &self.pressure,
+            &self.evictions,
+            &self.bounces,
+            &self.kept,
+            &self.around,
+            &self.device_fault_pages,
+            &self.setup_ns,
+            &self.copy_ns,
+            &self.pages_ns,
+            &self.finalize_ns,
+            &self.copy_failures,
+            &self.insertion_failures,
+            &self.unused,
+            &self.faults_in_device,
+            &self.faults_in_system,
+            &self.fault_failures,
+            &self.cpu_fault_failures,
+        ];
+        all.into_iter().for_each(Counter::clear);
     }
 
     /// Their values now, with `live` pages of VRAM in use.
@@ -153,6 +218,63 @@ impl Counters {
             copy_ns: self.copy_ns.get(),
             pages_ns: self.pages_ns.get(),
             finalize_ns: self.finalize_ns.get(),
+            copy_failures: self.copy_failures.get(),
+            insertion_failures: self.insertion_failures.get(),
+            unused_pages: self.unused.get(),
+            table_pages_taken: self.tables_taken.get(),
+            faults_in_device: self.faults_in_device.get(),
+            faults_in_system: self.faults_in_system.get(),
+            fault_failures: self.fault_failures.get(),
+            cpu_fault_failures: self.cpu_fault_failures.get(),
         }
+    }
+}
+
+/// The counters of a device, and for each account those of what its client does, or what becomes of its pages.
+pub(crate) struct Ledger {
+    device: Counters,
+    clients: KVVec<Counters>,
+}
+
+impl Ledger {
+    /// For so many accounts.
+    pub(crate) fn new(accounts: usize) -> Result<Self> {
+        let mut clients = KVVec::with_capacity(accounts, GFP_KERNEL)?;
+        for _ in 0..accounts {
+            clients.push(Counters::new(), GFP_KERNEL)?;
+        }
+        Ok(Self {
+            device: Counters::new(),
+            clients,
+        })
+    }
+
+    /// Those of an account.
+    pub(crate) fn of(&self, account: i16) -> Option<&Counters> {
+        self.clients.get(usize::try_from(account).ok()?)
+    }
+
+    /// An account has a new owner.
+    pub(crate) fn begin(&self, account: i16) {
+        if let Some(counters) = self.of(account) {
+            counters.clear();
+        }
+    }
+
+    /// Adds `n` to a counter of the device, and to that of an account.
+    pub(crate) fn add(&self, account: i16, which: impl Fn(&Counters) -> &Counter, n: usize) {
+        which(&self.device).add(n);
+        if let Some(client) = self.of(account) {
+            which(client).add(n);
+        }
+    }
+}
+
+/// What nobody in particular has done is the device's.
+impl Deref for Ledger {
+    type Target = Counters;
+
+    fn deref(&self) -> &Counters {
+        &self.device
     }
 }

@@ -9,7 +9,7 @@ use crate::{
     alloc::{Allocator, BLOCK_BYTES},
     around::Around,
     bounce::Bounces,
-    counters::Counters,
+    counters::Ledger,
     evict::evict_once,
     fail::Step,
     hmm::{
@@ -54,7 +54,7 @@ pub(crate) struct DeviceMemory {
     pub(crate) vram: Vram,
     #[pin]
     pub(crate) alloc: Allocator,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Ledger,
     pub(crate) sleep: Arc<Sleep>,
     pub(crate) splitter: Arc<Splitter>,
     around: Around,
@@ -76,7 +76,7 @@ impl DeviceMemory {
             identity,
             vram,
             alloc <- alloc,
-            counters: Counters::new(),
+            counters: Ledger::new(crate::usage::ACCOUNTS)?,
             sleep: Arc::pin_init(Sleep::new(), GFP_KERNEL)?,
             splitter: Splitter::new()?,
             around: Around::new()?,
@@ -92,7 +92,8 @@ impl DeviceMemory {
         let got = self
             .alloc
             .take(taker, order, indices.get_mut(..wanted).unwrap_or_default());
-        self.counters.allocated.add(got << order);
+        self.counters
+            .add(taker.account(), |it| &it.allocated, got << order);
         #[cfg(CONFIG_KASAN)]
         for &index in indices.iter().take(got) {
             // CAST: The index of a page fits in a word.
@@ -104,7 +105,8 @@ impl DeviceMemory {
 
     /// Gives VRAM back.
     pub(crate) fn give_back(&self, index: usize, order: u32) {
-        self.counters.freed.add(1 << order);
+        let owner = self.alloc.usage().owner(index);
+        self.counters.add(owner, |it| &it.freed, 1 << order);
         #[cfg(CONFIG_KASAN)]
         self.poison.put(&self.vram, index, order);
         self.alloc.give_back(index, order);
@@ -132,7 +134,8 @@ impl DeviceMemory {
                 | uapi::HMM_GPU_CAP_COUNTERS
                 | uapi::HMM_GPU_CAP_MIRROR
                 | uapi::HMM_GPU_CAP_ATOMIC
-                | uapi::HMM_GPU_CAP_ADVICE,
+                | uapi::HMM_GPU_CAP_ADVICE
+                | uapi::HMM_GPU_CAP_PREFETCH,
             unit: self.identity.unit,
             source: match self.vram {
                 Vram::Pci(_) => uapi::HMM_GPU_SOURCE_PCI,
@@ -167,7 +170,15 @@ impl Ops for DeviceMemory {
     fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome {
         let unit = map.data().identity.unit;
         let ((addr, _), order) = (fault.place(), fault.order());
-        let outcome = bring_back(map, fault);
+        let owner = fault
+            .index(map)
+            .map_or(0, |index| map.data().alloc.usage().owner(index));
+        let counters = &map.data().counters;
+        counters.add(owner, |it| &it.cpu_faults, 1);
+        let outcome = bring_back(map, fault, owner);
+        if matches!(outcome, FaultOutcome::NoMemory | FaultOutcome::Lost) {
+            counters.add(owner, |it| &it.cpu_fault_failures, 1);
+        }
         let traced = match outcome {
             FaultOutcome::Retry => trace::Outcome::Retry,
             FaultOutcome::NoMemory => trace::Outcome::NoMemory,
@@ -229,11 +240,14 @@ impl Ops for DeviceMemory {
 }
 
 /// Brings what the CPU touched to system memory.
-fn bring_back(map: &PageMap<DeviceMemory>, fault: Fault<'_, DeviceMemory>) -> FaultOutcome {
+fn bring_back(
+    map: &PageMap<DeviceMemory>,
+    fault: Fault<'_, DeviceMemory>,
+    owner: i16,
+) -> FaultOutcome {
     let memory = map.data();
-    memory.counters.cpu_faults.add(1);
     if fault.order() == 0 {
-        return fault_back_small(map, &fault);
+        return fault_back_small(map, &fault, owner);
     }
     if !memory.splitter.is_busy() {
         let Ok(mut scratch) = Scratch::new() else {
@@ -242,27 +256,31 @@ fn bring_back(map: &PageMap<DeviceMemory>, fault: Fault<'_, DeviceMemory>) -> Fa
         // First: what cannot move had better not be collected, which unmaps it everywhere.
         match new_folio(fault.order(), Effort::PageFault) {
             Ok(spare) => {
-                let outcome = fault_back(map, &fault, 1, scratch.entries(), Some(spare));
+                let outcome = fault_back(map, &fault, owner, 1, scratch.entries(), Some(spare));
                 if let Some(outcome) = outcome {
                     return outcome;
                 }
             }
-            Err(_) => memory.counters.large_failures.add(1),
+            Err(_) => memory.counters.add(owner, |it| &it.large_failures, 1),
         }
         if let Some(index) = fault.index(map) {
             memory.splitter.split_later(fault.mm(), index);
         }
     }
-    memory.counters.cpu_fault_retries.add(1);
+    memory.counters.add(owner, |it| &it.cpu_fault_retries, 1);
     fault.come_again()
 }
 
 /// Brings a page that the CPU touched to system memory, and with it what it will touch next.
-fn fault_back_small(map: &PageMap<DeviceMemory>, fault: &Fault<'_, DeviceMemory>) -> FaultOutcome {
+fn fault_back_small(
+    map: &PageMap<DeviceMemory>,
+    fault: &Fault<'_, DeviceMemory>,
+    owner: i16,
+) -> FaultOutcome {
     let memory = map.data();
     let (addr, space) = fault.place();
     if memory.bounces.came_back(space, addr) {
-        memory.counters.bounces.add(1);
+        memory.counters.add(owner, |it| &it.bounces, 1);
         trace::bounce(memory.identity.unit, addr, false);
     }
     let pages = memory.around.touched(space, addr);
@@ -275,9 +293,10 @@ fn fault_back_small(map: &PageMap<DeviceMemory>, fault: &Fault<'_, DeviceMemory>
         .flatten();
     let outcome = match arrays {
         Some((mut src, mut dst)) => {
-            fault_back(map, fault, pages, Entries::new(&mut src, &mut dst), None)
+            let entries = Entries::new(&mut src, &mut dst);
+            fault_back(map, fault, owner, pages, entries, None)
         }
-        None => fault_back(map, fault, 1, Entries::new(&mut [0], &mut [0]), None),
+        None => fault_back(map, fault, owner, 1, Entries::new(&mut [0], &mut [0]), None),
     };
     outcome.unwrap_or(FaultOutcome::Retry)
 }
@@ -287,6 +306,7 @@ fn fault_back_small(map: &PageMap<DeviceMemory>, fault: &Fault<'_, DeviceMemory>
 fn fault_back<'a>(
     map: &PageMap<DeviceMemory>,
     fault: &Fault<'a, DeviceMemory>,
+    owner: i16,
     pages: usize,
     entries: Entries<'a>,
     spare: Option<SystemFolio>,
@@ -308,8 +328,10 @@ fn fault_back<'a>(
         return None;
     }
     match outcome.moved {
-        0 => memory.counters.cpu_fault_retries.add(1),
-        moved => memory.counters.around.add(moved - (1 << fault.order())),
+        0 => memory.counters.add(owner, |it| &it.cpu_fault_retries, 1),
+        moved => memory
+            .counters
+            .add(owner, |it| &it.around, moved - (1 << fault.order())),
     }
     Some(FaultOutcome::Retry)
 }

@@ -7,6 +7,7 @@
 
 use crate::{
     client::Seat,
+    counters::{Counter, Counters},
     hmm::{
         mirror::{Access, Miss},
         vma::user_end,
@@ -183,21 +184,22 @@ impl<'a> Engine<'a> {
         let map = self.seat.gate.enter()?;
         let counters = &map.data().counters;
         let range = done..done + piece;
-        let (result, counter) = match operation {
+        let which: fn(&Counters) -> &Counter = match operation {
+            Operation::Read(_) => |it| &it.device_read,
+            Operation::Write(_) => |it| &it.device_written,
+        };
+        let result = match operation {
             Operation::Read(to) => {
                 let to = to.get_mut(range).ok_or(EINVAL)?;
-                (self.seat.mirror.read(&map, at, to)?, &counters.device_read)
+                self.seat.mirror.read(&map, at, to)?
             }
             Operation::Write(from) => {
                 let from = from.get(range).ok_or(EINVAL)?;
-                (
-                    self.seat.mirror.write(&map, at, from)?,
-                    &counters.device_written,
-                )
+                self.seat.mirror.write(&map, at, from)?
             }
         };
         if result.is_ok() {
-            counter.add(piece);
+            counters.add(self.seat.account(), which, piece);
         }
         Ok(result)
     }

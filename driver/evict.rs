@@ -51,7 +51,9 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
         let moved = evict(map, pages, Cause::Pressure, may_go);
         if moved > 0 {
             trace::evict(map.data().identity.unit, first * PAGE_BYTES, moved, needed);
-            map.data().counters.evictions.add(1);
+            map.data()
+                .counters
+                .add(taker.account(), |it| &it.evictions, 1);
             failures = 0;
             continue;
         }

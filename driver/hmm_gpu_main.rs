@@ -26,6 +26,7 @@ mod pci;
 mod phases;
 #[cfg(CONFIG_KASAN)]
 mod poison;
+mod prefetch;
 mod radix;
 mod service;
 mod sleep;

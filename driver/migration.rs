@@ -8,6 +8,7 @@
 use crate::{
     bitmap::BLOCK_PAGES,
     client::Seat,
+    counters::{Counter, Counters},
     devmem::DeviceMemory,
     evict::make_room,
     fail::Step,
@@ -108,7 +109,13 @@ pub(crate) fn move_to_system(
     lost: &mut [usize],
     mut spare: Option<SystemFolio>,
 ) -> Outcome {
-    let mut phases = Phases::new(memory, &collected, cause.traced());
+    let first = (0..collected.pages()).find_map(|i| match collected.source(i)? {
+        Source::Device { map, index, .. } if core::ptr::eq(map.data(), memory) => {
+            Some(memory.alloc.usage().owner(index))
+        }
+        _ => None,
+    });
+    let mut phases = Phases::new(memory, &collected, cause.traced(), first.unwrap_or(0));
     let mut outcome = Outcome::default();
     let effort = match cause {
         Cause::Fault => Effort::PageFault,
@@ -120,13 +127,17 @@ pub(crate) fn move_to_system(
             continue;
         };
         let memory = map.data();
+        let owner = memory.alloc.usage().owner(index);
         let folio = match spare.take_if(|spare| spare.order() == order) {
             Some(folio) => Ok(folio),
             None => new_folio(order, effort),
         };
         let folio = match folio {
             // It stays where it is.
-            Ok(_) if Step::Copy.pass().is_err() => continue,
+            Ok(_) if Step::Copy.pass().is_err() => {
+                memory.counters.add(owner, |it| &it.copy_failures, 1);
+                continue;
+            }
             folio => folio.and_then(|folio| memory.vram.read_folio(index * PAGE_BYTES, folio)),
         };
         match folio {
@@ -136,11 +147,11 @@ pub(crate) fn move_to_system(
             }
             Ok(folio) => collected.set(i, folio),
             Err(_) if order > 0 => {
-                memory.counters.large_failures.add(1);
+                memory.counters.add(owner, |it| &it.large_failures, 1);
                 outcome.stuck += 1;
             }
             Err(_) => {
-                memory.counters.system_failures.add(1);
+                memory.counters.add(owner, |it| &it.system_failures, 1);
                 outcome.without_memory = Some(i);
                 break;
             }
@@ -152,17 +163,18 @@ pub(crate) fn move_to_system(
     phases.migration.pages_ns = phases.lap();
     for i in 0..reach {
         // A page's device counts it, whichever device's client asked.
-        if let Some(Source::Device { map, order, .. }) = moved.moved(i) {
+        if let Some(Source::Device { map, index, order }) = moved.moved(i) {
             let counters = &map.data().counters;
-            let counter = match cause {
-                Cause::Request => &counters.to_system,
-                Cause::Fault => &counters.fault_back,
-                Cause::Pressure => &counters.pressure,
-                Cause::Evict => &counters.evicted,
+            let owner = map.data().alloc.usage().owner(index);
+            let which: fn(&Counters) -> &Counter = match cause {
+                Cause::Request => |it| &it.to_system,
+                Cause::Fault => |it| &it.fault_back,
+                Cause::Pressure => |it| &it.pressure,
+                Cause::Evict => |it| &it.evicted,
             };
-            counter.add(1 << order);
+            counters.add(owner, which, 1 << order);
             if order > 0 {
-                counters.large_to_system.add(1);
+                counters.add(owner, |it| &it.large_to_system, 1);
             }
             outcome.moved += 1 << order;
         }
@@ -194,7 +206,9 @@ fn move_to_device(
     room: &mut [u32],
 ) -> Outcome {
     let memory = map.data();
-    let mut phases = Phases::new(memory, &collected, cause);
+    let client = taker.account();
+    let count = |which: fn(&Counters) -> &Counter, n| memory.counters.add(client, which, n);
+    let mut phases = Phases::new(memory, &collected, cause, client);
     let mut outcome = Outcome::default();
     // What the kernel has in folios of other sizes, it has split.
     let may_move = |source: &Source<'_, DeviceMemory>| {
@@ -208,6 +222,7 @@ fn move_to_device(
         .count();
     let room = room.get_mut(..wanted).unwrap_or_default();
     let got = memory.take(taker, 0, room);
+    let mut taken = got;
     let mut indices = room.iter().take(got);
     for i in 0..collected.pages() {
         let Some(source) = collected.source(i).filter(may_move) else {
@@ -220,12 +235,15 @@ fn move_to_device(
         } else if memory.take(taker, order, &mut large) == 1 {
             large.first()
         } else {
-            memory.counters.large_failures.add(1);
+            count(|it| &it.large_failures, 1);
             outcome.stuck += 1;
             continue;
         };
+        if order > 0 {
+            taken += 1 << order;
+        }
         let Some(&index) = index else {
-            memory.counters.vram_failures.add(1);
+            count(|it| &it.vram_failures, 1);
             outcome.without_memory = Some(i);
             break;
         };
@@ -246,8 +264,9 @@ fn move_to_device(
                 from.was_there(offset).then_some(filled).ok_or(EIO)
             }
         });
-        if let Ok(filled) = filled {
-            collected.set(i, filled);
+        match filled {
+            Ok(filled) => collected.set(i, filled),
+            Err(_) => count(|it| &it.copy_failures, 1),
         }
     }
     let pages = outcome.without_memory.unwrap_or(collected.pages());
@@ -256,14 +275,16 @@ fn move_to_device(
     phases.migration.pages_ns = phases.lap();
     let (mut populated, mut large, mut from_other) = (0, 0, 0);
     for source in (0..pages).filter_map(|i| moved.moved(i)) {
-        let count = 1 << source.order();
-        outcome.moved += count;
+        let pages = 1 << source.order();
+        outcome.moved += pages;
         match &source {
-            Source::Hole { .. } => populated += count,
+            Source::Hole { .. } => populated += pages,
             Source::System(_) => (),
-            Source::Device { map, .. } => {
-                from_other += count;
-                map.data().counters.to_other.add(count);
+            Source::Device { map, index, .. } => {
+                from_other += pages;
+                let (from, index) = (map.data(), *index);
+                let owner = from.alloc.usage().owner(index);
+                from.counters.add(owner, |it| &it.to_other, pages);
             }
         }
         if source.order() > 0 {
@@ -272,13 +293,14 @@ fn move_to_device(
     }
     drop(moved);
     phases.finish(&outcome);
-    memory.counters.to_device.add(outcome.moved);
+    count(|it| &it.to_device, outcome.moved);
+    count(|it| &it.unused, taken.saturating_sub(outcome.moved));
     if matches!(cause, trace::Cause::DeviceFault) {
-        memory.counters.device_fault_pages.add(outcome.moved);
+        count(|it| &it.device_fault_pages, outcome.moved);
     }
-    memory.counters.populated.add(populated);
-    memory.counters.from_other.add(from_other);
-    memory.counters.large_to_device.add(large);
+    count(|it| &it.populated, populated);
+    count(|it| &it.from_other, from_other);
+    count(|it| &it.large_to_device, large);
     outcome
 }
 
@@ -304,6 +326,8 @@ pub(crate) struct Progress {
 /// A request to move the pages of a range, of a process that asks for its own.
 pub(crate) struct Request<'a> {
     seat: Seat<'a>,
+    /// Whether to end it, asked between two batches.
+    is_over: &'a dyn Fn(&MmWithUser) -> bool,
     taker: Taker,
     /// Of what goes to the device.
     cause: trace::Cause,
@@ -323,6 +347,7 @@ impl<'a> Request<'a> {
     pub(crate) fn new(seat: Seat<'a>, target: Target) -> Result<Self> {
         Ok(Self {
             seat,
+            is_over: &signalled,
             taker: seat.turn()?,
             cause: trace::Cause::RequestToDevice,
             target,
@@ -338,6 +363,11 @@ impl<'a> Request<'a> {
     pub(crate) fn for_faults(&mut self, taker: Taker) {
         self.taker = taker;
         self.cause = trace::Cause::DeviceFault;
+    }
+
+    /// Has it end when `is_over` says so, not when a signal comes.
+    pub(crate) fn end_when(&mut self, is_over: &'a dyn Fn(&MmWithUser) -> bool) {
+        self.is_over = is_over;
     }
 
     /// Has what is on another device stay there.
@@ -363,15 +393,20 @@ impl<'a> Request<'a> {
         const ATTEMPTS: usize = 64;
 
         let (mut attempts, mut claimed) = (0, false);
+        // A mapping in which ksmd may be at work.
+        let mut merging = false;
         while start + progress.done < end {
-            if current!().signal_pending() {
+            if (self.is_over)(mm) {
                 return Err(EINTR);
             }
             let at = start + progress.done;
             // Taken anew for every batch, so that who wants to change the address space, or to
             // unbind the device, waits for one batch at most. In this order: a hostile process can
             // make others wait for its own mmap lock.
-            let lock = ReadLocked::new(mm)?;
+            let lock = match core::mem::take(&mut merging) {
+                false => ReadLocked::new(mm)?,
+                true => ReadLocked::alone(mm, at)?,
+            };
             let map = self.seat.gate.enter()?;
             let (vma, stop) = next_batch(&lock, at, end);
             let Some(vma) = vma else {
@@ -382,7 +417,10 @@ impl<'a> Request<'a> {
             let (advice, until) = self.seat.mirror.notes(|notes| notes.at(at));
             let stop = stop.min(until);
             if self.target == Target::Device && advice.no_migrate {
-                map.data().counters.skipped.add((stop - at) / PAGE_BYTES);
+                let skipped = (stop - at) / PAGE_BYTES;
+                map.data()
+                    .counters
+                    .add(self.seat.account(), |it| &it.skipped, skipped);
                 progress.skipped += stop - at;
                 progress.done += stop - at;
                 continue;
@@ -399,6 +437,10 @@ impl<'a> Request<'a> {
                 } else {
                     attempts = ATTEMPTS;
                 }
+                continue;
+            }
+            if self.target == Target::Device && vma.may_merge() && !lock.is_alone() {
+                merging = true;
                 continue;
             }
             match self.batch(&map, &lock, vma, at, stop, progress) {
@@ -420,7 +462,7 @@ impl<'a> Request<'a> {
     fn claim(&mut self, mm: &MmWithUser, start: usize, end: usize) -> Result {
         let mut at = start;
         while at < end {
-            if current!().signal_pending() {
+            if (self.is_over)(mm) {
                 return Err(EINTR);
             }
             let lock = ReadLocked::new(mm)?;
@@ -504,7 +546,9 @@ impl<'a> Request<'a> {
             .saturating_sub(outcome.moved)
             .min(pages.saturating_sub(outcome.moved));
         let skipped = pages.saturating_sub(outcome.moved + already);
-        map.data().counters.skipped.add(skipped);
+        map.data()
+            .counters
+            .add(self.seat.account(), |it| &it.skipped, skipped);
         progress.done += pages * PAGE_BYTES;
         progress.moved += outcome.moved * PAGE_BYTES;
         progress.already += already * PAGE_BYTES;
@@ -523,6 +567,10 @@ impl<'a> Request<'a> {
     /// the reverse map; KSM's has no place where ksmd has not been since a fork, or since it last found the
     /// page missing. Such an entry stays for ever, and who touches it spins (7.3). The mapping need not be
     /// one that may be merged: what is swapped in is as it was.
+    ///
+    /// So that none comes between the look and the migration, the lock is held for writing where one may:
+    /// ksmd puts a merged page into its place first, and tells the reverse map later, without the lock
+    /// (`try_to_merge_with_ksm_page`, `stable_tree_append`); a fault brings one back from the swap.
     fn move_selected(
         &mut self,
         map: &PageMap<DeviceMemory>,
@@ -638,6 +686,11 @@ impl<'a> Request<'a> {
         }
         found
     }
+}
+
+/// Whether a signal has come.
+fn signalled(_: &MmWithUser) -> bool {
+    current!().signal_pending()
 }
 
 /// The mapping at `at`, if there is one, and where the batch, or the gap, that begins there ends.

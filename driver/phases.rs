@@ -4,12 +4,20 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{devmem::DeviceMemory, hmm::migrate::Collected, migration::Outcome, sys::trace};
+use crate::{
+    counters::{Counter, Counters},
+    devmem::DeviceMemory,
+    hmm::migrate::Collected,
+    migration::Outcome,
+    sys::trace,
+};
 use kernel::time::{Instant, Monotonic};
 
 /// What a migration takes, phase by phase, for the counters of a device and the trace.
 pub(crate) struct Phases<'a> {
     memory: &'a DeviceMemory,
+    /// Whose it is.
+    account: i16,
     last: Instant<Monotonic>,
     pub(crate) migration: trace::Migration,
 }
@@ -20,10 +28,12 @@ impl<'a> Phases<'a> {
         memory: &'a DeviceMemory,
         collected: &Collected<'_, DeviceMemory>,
         cause: trace::Cause,
+        account: i16,
     ) -> Self {
         // CAST: All widen.
         let mut this = Self {
             memory,
+            account,
             last: collected.began(),
             migration: trace::Migration {
                 unit: memory.identity.unit,
@@ -54,10 +64,13 @@ impl<'a> Phases<'a> {
         self.migration.stuck = outcome.stuck as u64;
         self.migration.no_memory = outcome.without_memory.is_some();
         let (counters, migration) = (&self.memory.counters, &self.migration);
-        counters.setup_ns.add_u64(migration.setup_ns);
-        counters.copy_ns.add_u64(migration.copy_ns);
-        counters.pages_ns.add_u64(migration.pages_ns);
-        counters.finalize_ns.add_u64(migration.finalize_ns);
+        // CAST: A word.
+        let count =
+            |which: fn(&Counters) -> &Counter, ns| counters.add(self.account, which, ns as usize);
+        count(|it| &it.setup_ns, migration.setup_ns);
+        count(|it| &it.copy_ns, migration.copy_ns);
+        count(|it| &it.pages_ns, migration.pages_ns);
+        count(|it| &it.finalize_ns, migration.finalize_ns);
         trace::migrate(migration);
     }
 }

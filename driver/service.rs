@@ -8,6 +8,7 @@ use crate::{
     advice::Advice,
     bitmap::BLOCK_PAGES,
     client::Seat,
+    counters::{Counter, Counters},
     hmm::{
         mirror::{Access, Look, Mapped, Want},
         seen::Seen,
@@ -95,18 +96,24 @@ impl<'a> Service<'a> {
         })
     }
 
-    fn trace(&self, base: usize) {
+    /// Counts and traces what has become of the faults.
+    fn tell(&self, base: usize) {
         if let Ok(map) = self.seat.gate.enter() {
             let count = |is: fn(&Page) -> bool| self.window.iter().filter(|page| is(page)).count();
-            trace::device_fault(
-                map.data().identity.unit,
-                base,
-                [
-                    count(|page| matches!(page, Page::Mapped { device: true })),
-                    count(|page| matches!(page, Page::Mapped { device: false })),
-                    count(|page| matches!(page, Page::Failed(_))),
-                ],
-            );
+            let pages = [
+                count(|page| matches!(page, Page::Mapped { device: true })),
+                count(|page| matches!(page, Page::Mapped { device: false })),
+                count(|page| matches!(page, Page::Failed(_) | Page::Wanted(_))),
+            ];
+            let which: [fn(&Counters) -> &Counter; 3] = [
+                |it| &it.faults_in_device,
+                |it| &it.faults_in_system,
+                |it| &it.fault_failures,
+            ];
+            for (which, pages) in which.into_iter().zip(pages) {
+                map.data().counters.add(self.seat.account(), which, pages);
+            }
+            trace::device_fault(map.data().identity.unit, base, pages);
         }
     }
 
@@ -121,12 +128,25 @@ impl<'a> Service<'a> {
     ///
     /// Waits for user space, in a fault: nothing may be locked or lent.
     pub(crate) fn run(&mut self, base: usize) -> Result {
+        self.count();
+        let result = self.run_all(base);
+        self.tell(base);
+        result?;
+        // So that nobody can have tables for nothing.
+        let mapped = |page: &Page| matches!(page, Page::Mapped { .. });
+        if !self.window.iter().any(mapped) {
+            let map = self.seat.gate.enter()?;
+            self.seat.mirror.trim(&map, base);
+        }
+        Ok(())
+    }
+
+    fn run_all(&mut self, base: usize) -> Result {
         // A page that others want elsewhere comes and goes. When it has gone that often it is
         // mapped where it is, and at last that fails too.
         const MIGRATE_ATTEMPTS: usize = 4;
         const ATTEMPTS: usize = 256;
 
-        self.count();
         self.refuse_beyond(base);
         for attempt in 0..ATTEMPTS {
             if !self.is_wanted() {
@@ -145,13 +165,6 @@ impl<'a> Service<'a> {
             self.fault_in(base)?;
         }
         self.fail_wanted(EBUSY);
-        self.trace(base);
-        // So that nobody can have tables for nothing.
-        let mapped = |page: &Page| matches!(page, Page::Mapped { .. });
-        if !self.window.iter().any(mapped) {
-            let map = self.seat.gate.enter()?;
-            self.seat.mirror.trim(&map, base);
-        }
         Ok(())
     }
 
@@ -237,7 +250,10 @@ impl<'a> Service<'a> {
         if let Ok(map) = self.seat.gate.enter() {
             let wanted = |page: &&Page| matches!(page, Page::Wanted(_));
             let count = self.window.iter().filter(wanted).count();
-            map.data().counters.device_faults.add(count);
+            let account = self.seat.account();
+            map.data()
+                .counters
+                .add(account, |it| &it.device_faults, count);
         }
     }
 
@@ -328,7 +344,9 @@ impl<'a> Service<'a> {
             return Ok((end, 0));
         }
         let stay = 1 + (go + 1..end).take_while(|i| !may_go(i)).count();
-        memory.counters.kept.add(stay);
+        memory
+            .counters
+            .add(self.seat.account(), |it| &it.kept, stay);
         for i in go..go + stay {
             trace::bounce(memory.identity.unit, at(i), true);
         }

@@ -88,7 +88,9 @@ impl Table for DeviceMemory {
     }
 
     fn may_map(&self) -> Result {
-        Step::Insertion.pass()
+        Step::Insertion
+            .pass()
+            .inspect_err(|_| self.counters.insertion_failures.add(1))
     }
 
     fn mapped(&self, entries: usize) {

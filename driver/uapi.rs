@@ -22,7 +22,7 @@
 //! - A structure that cannot be read or written is `EFAULT`.
 
 /// Version of this interface. Grows when a call or a field is added; nothing is ever taken away.
-pub const HMM_GPU_VERSION: u32 = 4;
+pub const HMM_GPU_VERSION: u32 = 5;
 
 /// The page size this interface counts in, in bytes.
 pub const HMM_GPU_PAGE_BYTES: u64 = 4096;
@@ -37,7 +37,7 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 /// `RESIDENCY`: tells where each page of a range is. Moves nothing.
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
-pub const HMM_GPU_COUNTERS: u32 = 0xC118_E803;
+pub const HMM_GPU_COUNTERS: u32 = 0xC158_E803;
 /// `MIRROR`: describes the file's device page table. Since version 2.
 pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
 /// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
@@ -53,6 +53,9 @@ pub const HMM_GPU_ATOMIC: u32 = 0xC050_E808;
 /// `ADVISE`: says what is known of a range, for where its pages are to be. Since version 4.
 pub const HMM_GPU_ADVISE: u32 = 0xC030_E809;
 
+/// `PREFETCH`: queues a move, of which `read(2)` says when it has ended. Since version 5.
+pub const HMM_GPU_PREFETCH: u32 = 0xC030_E80C;
+
 /// `MIGRATE` is there.
 pub const HMM_GPU_CAP_MIGRATE: u64 = 0x1;
 /// `RESIDENCY` is there.
@@ -67,6 +70,8 @@ pub const HMM_GPU_CAP_MIRROR: u64 = 0x10;
 pub const HMM_GPU_CAP_ATOMIC: u64 = 0x20;
 /// `ADVISE` is there.
 pub const HMM_GPU_CAP_ADVICE: u64 = 0x80;
+/// `PREFETCH` is there, and `poll` and `read` of the file.
+pub const HMM_GPU_CAP_PREFETCH: u64 = 0x1000;
 /// The CPU reaches the VRAM where it is (`MEMORY_DEVICE_COHERENT`): pages do not come back when it
 /// touches them.
 pub const HMM_GPU_CAP_COHERENT: u64 = 0x40;
@@ -205,15 +210,30 @@ pub struct hmm_gpu_residency {
     pub reserved: [u64; 2],
 }
 
+/// Not all that the device has done, but what this file's client has since it was opened, and what became of its pages: those that
+/// it brought there. Since version 5.
+///
+/// Clients' counters add up to the device's, as long as none was closed. But the pages of device page tables are in `table_pages` only,
+/// `table_pages_taken` and `insertion_failures` are 0, and the time of a migration to the system, which may have pages of several, is that of the client whose page is the first.
+pub const HMM_GPU_COUNTERS_CLIENT: u64 = 0x1;
+
 /// What a device has done since it was bound, in pages unless a name says otherwise. All but
-/// `flags` and `reserved` are written by the driver. `allocated_pages` = `freed_pages` +
-/// `live_pages` whenever nothing is under way.
+/// `flags` are written by the driver.
+///
+/// Whenever nothing is under way, these hold:
+///
+/// - `allocated_pages` = `freed_pages` + `live_pages`
+/// - `allocated_pages` = `to_device_pages` + `unused_pages` + `table_pages_taken`
+/// - `device_faults` = `faults_in_device` + `faults_in_system` + `fault_failures`
+/// - what has left the VRAM without moving (`munmap`, `MADV_DONTNEED`, the end of a process) is `to_device_pages` less
+///   what has moved away (`to_system_pages`, `fault_back_pages`, `pressure_pages`, `evicted_pages`, `to_other_pages`) and what is
+///   there (`live_pages` less `table_pages`)
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
 #[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
 pub struct hmm_gpu_counters {
-    /// In: must be zero.
+    /// In: `HMM_GPU_COUNTERS_CLIENT`, or zero.
     pub flags: u64,
     /// Pages of VRAM in use now.
     pub live_pages: u64,
@@ -286,6 +306,22 @@ pub struct hmm_gpu_counters {
     pub pages_ns: u64,
     /// Nanoseconds in which pages were mapped again, and unlocked.
     pub finalize_ns: u64,
+    /// Folios that stayed because their bytes could not be copied. Since version 5, as all that follow.
+    pub copy_failures: u64,
+    /// Entries of device page tables that could not be made.
+    pub insertion_failures: u64,
+    /// Pages of VRAM that were taken for a move that did not come off: the page was pinned, or gone, or written to.
+    pub unused_pages: u64,
+    /// Pages of VRAM that were taken for device page tables.
+    pub table_pages_taken: u64,
+    /// Device faults after which the page was mapped in VRAM.
+    pub faults_in_device: u64,
+    /// Device faults after which the page was mapped in system memory.
+    pub faults_in_system: u64,
+    /// Device faults after which the page was not mapped.
+    pub fault_failures: u64,
+    /// CPU faults that ended with an error: no system memory, or the device is gone.
+    pub cpu_fault_failures: u64,
 }
 
 /// The entry is there. For a device page table's inner nodes: the offset is that of the next node.
@@ -635,3 +671,70 @@ pub struct hmm_gpu_advise {
     /// In: must be zero.
     pub reserved: [u64; 2],
 }
+
+/// The most moves that a file may have queued, under way, or ended and not read.
+pub const HMM_GPU_MAX_PREFETCHES: u32 = 64;
+
+/// Queues what `MIGRATE` would do, and returns at once. A file's moves are made one after the other, in the order of these calls.
+///
+/// When one has ended the file is readable (`poll`, `epoll`, `select`), and `read(2)` takes a [`hmm_gpu_completion`] for each, as many
+/// as fit into its buffer (less than one is `EINVAL`). It waits for the first one unless the file is `O_NONBLOCK` (then `EAGAIN`); with
+/// nothing queued or under way it returns 0. It is `EPERM` as calls are. After the device is unbound, what was queued ends with `ENODEV`,
+/// which can be read as ever; `poll` says `POLLHUP`, and a read of nothing is `ENODEV`.
+///
+/// Closing the file drops what is queued, and waits for what is under way, which ends within 2 MiB of its range. So does what is under
+/// way when the process ends or becomes another program: nobody waits for the rest of it.
+///
+/// Errors: `EINVAL` (unaligned, empty or wrapping range, unknown target or flag, reserved field not zero), `EFAULT` (the range leaves
+/// user space), `EAGAIN` (there are [`HMM_GPU_MAX_PREFETCHES`]: read some), `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_prefetch {
+    /// In: first byte of the range, page aligned.
+    pub addr: u64,
+    /// In: bytes, page aligned, not zero.
+    pub len: u64,
+    /// In: what the completion is to be known by. Any value.
+    pub cookie: u64,
+    /// In: `HMM_GPU_TARGET_*`.
+    pub target: u32,
+    /// In: must be zero.
+    pub flags: u32,
+    /// In: must be zero.
+    pub reserved: [u64; 2],
+}
+
+/// What became of a `PREFETCH`: what `read(2)` takes from the file. It does not grow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_completion {
+    /// As it was given.
+    pub cookie: u64,
+    /// As it was given.
+    pub addr: u64,
+    /// As it was given.
+    pub len: u64,
+    /// As it was given.
+    pub target: u32,
+    /// Zero, or an errno, positive: as of `MIGRATE`, and `ECANCELED` if the process was ending.
+    pub error: u32,
+    /// How far it came, in bytes from `addr`.
+    pub done_bytes: u64,
+    /// As of `MIGRATE`; the four add up to `done_bytes`.
+    pub moved_bytes: u64,
+    /// As of `MIGRATE`.
+    pub already_bytes: u64,
+    /// As of `MIGRATE`.
+    pub skipped_bytes: u64,
+    /// As of `MIGRATE`.
+    pub unmapped_bytes: u64,
+    /// Zero.
+    pub reserved: u64,
+}
+
+const _: () = assert!(HMM_GPU_PREFETCH == iowr(12, size_of::<hmm_gpu_prefetch>()));
+const _: () = assert!(size_of::<hmm_gpu_completion>() == 80);

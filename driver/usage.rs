@@ -15,7 +15,7 @@ use kernel::{
 };
 
 /// Accounts of a device: a client has one each.
-const ACCOUNTS: usize = 1024;
+pub(crate) const ACCOUNTS: usize = 1024;
 
 /// Whose pages do not move: those of device page tables.
 const TABLES: i16 = 0;
@@ -76,7 +76,34 @@ pub(crate) struct Usage {
     pages: KVVec<Page>,
 }
 
+impl Taker {
+    /// Whose turn it is.
+    pub(crate) fn account(self) -> i16 {
+        self.account
+    }
+}
+
+impl Account {
+    /// The number of the account, and whether it is this one's alone.
+    pub(crate) fn number(&self) -> (i16, bool) {
+        (self.0, self.0 != CROWD)
+    }
+}
+
 impl Usage {
+    /// How many pages an account has.
+    pub(crate) fn used_by(&self, account: i16) -> usize {
+        self.entry(account)
+            .map_or(0, |entry| entry.used.load(Relaxed))
+    }
+
+    /// The account that has page `index`.
+    pub(crate) fn owner(&self, index: usize) -> i16 {
+        self.pages
+            .get(index)
+            .map_or(TABLES, |page| page.account.load(Relaxed))
+    }
+
     /// For `count` blocks, of which none is in use.
     pub(crate) fn new(count: usize) -> Result<Self> {
         let mut entries = KVec::with_capacity(ACCOUNTS, GFP_KERNEL)?;

@@ -89,6 +89,8 @@ struct State<T: Table> {
     /// How often a page was taken for the device alone, of which the notifier's number does not tell.
     taken: u64,
     invalidations: u64,
+    /// Entries that were made.
+    mapped: u64,
     notes: T::Notes,
 }
 
@@ -174,6 +176,8 @@ pub(crate) struct Shape {
     pub(crate) nodes: usize,
     pub(crate) entries: usize,
     pub(crate) invalidations: u64,
+    /// Entries that were ever made.
+    pub(crate) mapped: u64,
 }
 
 impl<T: Table> Mirror<T> {
@@ -199,6 +203,7 @@ impl<T: Table> Mirror<T> {
                 generation: 0,
                 taken: 0,
                 invalidations: 0,
+                mapped: 0,
                 notes: T::Notes::default(),
             }),
             // Last, since from here on the kernel calls. There are no entries yet.
@@ -617,6 +622,8 @@ impl<T: Table> Mirror<T> {
             }
             if mapped > 0 {
                 state.generation += 1;
+                // CAST: Widens.
+                state.mapped += mapped as u64;
             }
             Written::wait();
             result
@@ -634,6 +641,7 @@ impl<T: Table> Mirror<T> {
             nodes: state.tree.nodes(),
             entries: state.tree.entries(),
             invalidations: state.invalidations,
+            mapped: state.mapped,
         })
     }
 }

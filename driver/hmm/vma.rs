@@ -34,13 +34,14 @@ pub(crate) fn all_address_spaces() -> Result<KVVec<ARef<Mm>>> {
     Ok(spaces)
 }
 
-/// The mmap lock, held for reading.
+/// The mmap lock, held for reading, or for writing.
 ///
 /// # Invariants
 ///
-/// This value owns the lock.
+/// This value owns the lock; for writing if `alone`.
 pub(crate) struct ReadLocked<'a> {
     mm: &'a MmWithUser,
+    alone: bool,
     _not_send: NotThreadSafe,
 }
 
@@ -53,8 +54,33 @@ impl<'a> ReadLocked<'a> {
         // INVARIANT: Just locked.
         Ok(Self {
             mm,
+            alone: false,
             _not_send: NotThreadSafe,
         })
+    }
+
+    /// Takes the lock for writing (`mmap_write_lock_killable`), and that of the mapping at `address`, if
+    /// there is one: nobody changes the address space meanwhile, and nobody faults or merges there. Fails with `EINTR`
+    /// if the task is killed while it waits.
+    pub(crate) fn alone(mm: &'a MmWithUser, address: usize) -> Result<Self> {
+        // SAFETY: The address space is valid.
+        to_result(unsafe { bindings::hmm_gpu_mmap_write_lock_killable(mm.as_raw()) })?;
+        // INVARIANT: Just locked.
+        let this = Self {
+            mm,
+            alone: true,
+            _not_send: NotThreadSafe,
+        };
+        if let Some(vma) = this.find_vma(address) {
+            // SAFETY: The mapping is valid, and the lock is held for writing.
+            to_result(unsafe { bindings::hmm_gpu_vma_start_write(vma.as_ptr()) })?;
+        }
+        Ok(this)
+    }
+
+    /// Whether it is held for writing.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.alone
     }
 
     /// Takes the lock if nobody else has it for writing, or waits for that. Does not wait.
@@ -64,6 +90,7 @@ impl<'a> ReadLocked<'a> {
         // INVARIANT: Just locked.
         locked.then(|| Self {
             mm,
+            alone: false,
             _not_send: NotThreadSafe,
         })
     }
@@ -86,8 +113,14 @@ impl<'a> ReadLocked<'a> {
 
 impl Drop for ReadLocked<'_> {
     fn drop(&mut self) {
-        // SAFETY: The lock is ours by the type invariants.
-        unsafe { bindings::hmm_gpu_mmap_read_unlock(self.mm.as_raw()) };
+        // SAFETY: The lock is ours by the type invariants, and held so.
+        unsafe {
+            if self.alone {
+                bindings::hmm_gpu_mmap_write_unlock(self.mm.as_raw());
+            } else {
+                bindings::hmm_gpu_mmap_read_unlock(self.mm.as_raw());
+            }
+        }
     }
 }
 
@@ -128,11 +161,24 @@ impl LockedVma<'_> {
         unsafe { bindings::hmm_gpu_vma_may_migrate(self.as_ptr()) }
     }
 
+    /// Whether ksmd may merge pages of it, or what it has merged may come back there from the swap: not of a
+    /// mapping that has never been merged, in an address space in which nothing is.
+    pub(crate) fn may_merge(&self) -> bool {
+        // SAFETY: The reference is to a valid mapping that is locked.
+        unsafe { bindings::hmm_gpu_vma_may_merge(self.as_ptr()) }
+    }
+
     /// Whether it is a shadow stack, which only calls and returns write to.
     pub(crate) fn is_shadow_stack(&self) -> bool {
         // SAFETY: The reference is to a valid mapping that is locked.
         unsafe { bindings::hmm_gpu_vma_is_shadow_stack(self.as_ptr()) }
     }
+}
+
+/// Whether the caller's reference is the only one that keeps an address space: its process has ended, or is another program.
+pub(crate) fn is_left(mm: &MmWithUser) -> bool {
+    // SAFETY: The address space is valid.
+    unsafe { bindings::hmm_gpu_mm_is_left(mm.as_raw()) }
 }
 
 /// The first address that is not user space's.

@@ -8,6 +8,7 @@
 #define HMM_GPU_BINDINGS_H
 
 #include <linux/device.h>
+#include <linux/fs.h>
 #include <linux/hmm.h>
 #include <linux/io.h>
 #include <linux/ioport.h>
@@ -68,6 +69,11 @@ bool hmm_gpu_vma_may_migrate(const struct vm_area_struct *vma);
 bool hmm_gpu_vma_is_shadow_stack(const struct vm_area_struct *vma);
 int hmm_gpu_mmap_read_lock_killable(struct mm_struct *mm);
 bool hmm_gpu_mmap_read_trylock(struct mm_struct *mm);
+int hmm_gpu_mmap_write_lock_killable(struct mm_struct *mm);
+void hmm_gpu_mmap_write_unlock(struct mm_struct *mm);
+bool hmm_gpu_vma_may_merge(const struct vm_area_struct *vma);
+int hmm_gpu_vma_start_write(struct vm_area_struct *vma);
+bool hmm_gpu_mm_is_left(struct mm_struct *mm);
 void hmm_gpu_mmap_read_unlock(struct mm_struct *mm);
 unsigned long hmm_gpu_task_size(void);
 int hmm_gpu_mmu_interval_insert(struct mmu_interval_notifier *notifier, struct mm_struct *mm, unsigned long start,
@@ -107,6 +113,9 @@ void hmm_gpu_trace_device_fault(u32 unit, u64 addr, u32 device, u32 system, u32 
 void hmm_gpu_trace_evict(u32 unit, u64 offset, u64 moved, u64 needed);
 void hmm_gpu_trace_bounce(u32 unit, u64 addr, bool stays);
 void hmm_gpu_trace_bind(u32 unit, u64 start, u64 bytes, bool bound);
+
+/* files */
+bool hmm_gpu_is_nowait(const struct kiocb *kiocb);
 
 /* other */
 void hmm_gpu_sort_pairs(u64 (*pairs)[2], size_t count);

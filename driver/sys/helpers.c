@@ -317,6 +317,38 @@ bool hmm_gpu_mmap_read_trylock(struct mm_struct *mm)
 	return mmap_read_trylock(mm);
 }
 
+int hmm_gpu_mmap_write_lock_killable(struct mm_struct *mm)
+{
+	return mmap_write_lock_killable(mm);
+}
+
+void hmm_gpu_mmap_write_unlock(struct mm_struct *mm)
+{
+	mmap_write_unlock(mm);
+}
+
+/* Whether ksmd may be at work in a mapping, or has been in another of its address space. */
+bool hmm_gpu_vma_may_merge(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_MERGEABLE || mm_flags_test(MMF_VM_MERGEABLE, vma->vm_mm);
+}
+
+int hmm_gpu_vma_start_write(struct vm_area_struct *vma)
+{
+	return vma_start_write_killable(vma);
+}
+
+/* Whether who asks is the only one who still has a reference to it as a user: its process has ended, or is another program. */
+bool hmm_gpu_mm_is_left(struct mm_struct *mm)
+{
+	return atomic_read(&mm->mm_users) == 1;
+}
+
+bool hmm_gpu_is_nowait(const struct kiocb *kiocb)
+{
+	return kiocb->ki_flags & IOCB_NOWAIT;
+}
+
 void hmm_gpu_mmap_read_unlock(struct mm_struct *mm)
 {
 	mmap_read_unlock(mm);

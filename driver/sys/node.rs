@@ -2,12 +2,17 @@
 
 //! Device nodes: a misc device that stands for something, and files of a type of their own on it.
 
+use crate::sys::bindings;
 use kernel::{
     container_of,
-    fs::File,
+    error::to_result,
+    fs::{File, Kiocb},
+    iov::IovIterDest,
     miscdevice::{MiscDevice, MiscDeviceOptions, MiscDeviceRegistration},
     mm::virt::VmaNew,
     prelude::*,
+    sync::poll::PollTable,
+    types::{ForeignOwnable, Opaque},
 };
 
 /// An open file on a [`Node`].
@@ -25,15 +30,35 @@ pub(crate) trait Client: Sized + Send + Sync + 'static {
     fn mmap(self: Pin<&Self>, _vma: &VmaNew) -> Result {
         Err(ENODEV)
     }
+
+    /// `read(2)` of the file, which waits only if it may.
+    fn read(self: Pin<&Self>, _to: &mut IovIterDest<'_>, _may_wait: bool) -> Result<usize> {
+        Err(EINVAL)
+    }
+
+    /// `poll(2)` of the file: has `table` wait, and says what is there (`POLLIN` and so on).
+    fn poll(self: Pin<&Self>, _file: &File, _table: &PollTable<'_>) -> u32 {
+        bindings::POLLIN | bindings::POLLRDNORM
+    }
 }
 
 /// A device node. It is there until this is dropped; files that are open then stay open.
-#[pin_data]
+///
+/// # Invariants
+///
+/// `misc` is registered, as [`MiscDeviceOptions::into_raw`] makes it but for its `poll`, which the
+/// kernel crate has none of (7.3): so it is what a [`MiscDeviceRegistration`] is.
+#[pin_data(PinnedDrop)]
 pub(crate) struct Node<C: Client> {
     #[pin]
-    misc: MiscDeviceRegistration<Handler<C>>,
+    misc: Opaque<bindings::miscdevice>,
     device: C::Device,
 }
+
+// SAFETY: It may be deregistered on any thread, and the device is `Send`.
+unsafe impl<C: Client> Send for Node<C> {}
+// SAFETY: Nothing but the kernel uses `misc`, under its own lock, and the device is `Sync`.
+unsafe impl<C: Client> Sync for Node<C> {}
 
 impl<C: Client> Node<C> {
     /// Makes the node `/dev/NAME` for `device`.
@@ -41,8 +66,25 @@ impl<C: Client> Node<C> {
         try_pin_init!(Self {
             // Before the registration, which is the moment from which on the node can be opened.
             device,
-            misc <- MiscDeviceRegistration::register(MiscDeviceOptions { name }),
+            // INVARIANT: Registered if this returns `Ok`.
+            misc <- Opaque::try_ffi_init(move |slot: *mut bindings::miscdevice| {
+                let mut misc = MiscDeviceOptions { name }.into_raw::<Handler<C>>();
+                misc.fops = &Handler::<C>::OPERATIONS;
+                // SAFETY: The slot is ours to initialise, and pinned until `drop` deregisters it.
+                unsafe {
+                    slot.write(misc);
+                    to_result(bindings::misc_register(slot))
+                }
+            }),
         })
+    }
+}
+
+#[pinned_drop]
+impl<C: Client> PinnedDrop for Node<C> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Registered, by the type invariants.
+        unsafe { bindings::misc_deregister(self.misc.get()) };
     }
 }
 
@@ -54,14 +96,52 @@ struct Handler<C: Client> {
     client: C,
 }
 
+impl<C: Client> Handler<C> {
+    /// Those of the kernel crate, and `poll`.
+    const OPERATIONS: bindings::file_operations = {
+        let misc = MiscDeviceOptions { name: c"" }.into_raw::<Self>();
+        bindings::file_operations {
+            poll: Some(Self::poll),
+            // SAFETY: `into_raw` leaves a reference to a constant there.
+            ..unsafe { *misc.fops }
+        }
+    };
+
+    /// # Safety
+    ///
+    /// Called by the kernel as `file_operations::poll`, for a file on a [`Node`].
+    unsafe extern "C" fn poll(
+        file: *mut bindings::file,
+        table: *mut bindings::poll_table_struct,
+    ) -> bindings::__poll_t {
+        // SAFETY: The file is open and stays so meanwhile, so its private data is what `open` has
+        // made. The table is null or valid for the call.
+        let (this, file, table) = unsafe {
+            let private = (*file).private_data;
+            (
+                <Pin<KBox<Self>> as ForeignOwnable>::borrow(private),
+                File::from_raw_file(file),
+                PollTable::from_raw(table),
+            )
+        };
+        this.client().poll(file, &table)
+    }
+
+    fn client(self: Pin<&Self>) -> Pin<&C> {
+        // SAFETY: A projection to a structurally pinned field.
+        unsafe { self.map_unchecked(|this| &this.client) }
+    }
+}
+
 #[vtable]
 impl<C: Client> MiscDevice for Handler<C> {
     type Ptr = Pin<KBox<Self>>;
 
     fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
-        // SAFETY: Every registration of this type is in a `Node<C>`, whose other fields were
+        let misc = core::ptr::from_ref(misc).cast::<Opaque<bindings::miscdevice>>();
+        // SAFETY: Every registration of this type is the field of a `Node<C>`, whose other fields were
         // initialised before it. The node stays while the kernel opens a file on it.
-        let node = unsafe { &*container_of!(core::ptr::from_ref(misc), Node<C>, misc) };
+        let node = unsafe { &*container_of!(misc, Node<C>, misc) };
         KBox::try_pin_init(
             try_pin_init!(Self {
                 client <- C::open(&node.device)?,
@@ -71,14 +151,20 @@ impl<C: Client> MiscDevice for Handler<C> {
     }
 
     fn ioctl(this: Pin<&Self>, _file: &File, number: u32, argument: usize) -> Result<isize> {
-        // SAFETY: A projection to a structurally pinned field.
-        let client = unsafe { this.map_unchecked(|this| &this.client) };
-        client.ioctl(number, argument).map(|()| 0)
+        this.client().ioctl(number, argument).map(|()| 0)
+    }
+
+    fn read_iter(kiocb: Kiocb<'_, Self::Ptr>, to: &mut IovIterDest<'_>) -> Result<usize> {
+        // SAFETY: The request and its file are valid for the call.
+        let may_wait = unsafe {
+            let raw = kiocb.as_raw();
+            (*(*raw).ki_filp).f_flags & bindings::O_NONBLOCK == 0
+                && !bindings::hmm_gpu_is_nowait(raw)
+        };
+        kiocb.file().client().read(to, may_wait)
     }
 
     fn mmap(this: Pin<&Self>, _file: &File, vma: &VmaNew) -> Result {
-        // SAFETY: A projection to a structurally pinned field.
-        let client = unsafe { this.map_unchecked(|this| &this.client) };
-        client.mmap(vma)
+        this.client().mmap(vma)
     }
 }

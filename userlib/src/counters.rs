@@ -130,6 +130,22 @@ counters! {
     pages_ns,
     /// Time in which pages were mapped again and unlocked, in nanoseconds.
     finalize_ns,
+    /// Folios that stayed because their bytes could not be copied, in folios.
+    copy_failures,
+    /// Entries of device page tables that could not be made, in entries.
+    insertion_failures,
+    /// Pages of VRAM that were taken for a move that did not come off.
+    unused_pages,
+    /// Pages of VRAM that were taken for device page tables.
+    table_pages_taken,
+    /// Device faults after which the page was mapped in VRAM, in faults.
+    faults_in_device,
+    /// Device faults after which the page was mapped in system memory, in faults.
+    faults_in_system,
+    /// Device faults after which the page was not mapped, in faults.
+    fault_failures,
+    /// CPU faults that ended with an error, in faults.
+    cpu_fault_failures,
 }
 
 #[cfg(test)]

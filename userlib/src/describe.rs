@@ -197,10 +197,13 @@ impl Capabilities {
     /// It takes advice: [`Device::advise`](crate::Device::advise).
     pub const ADVICE: Self = Self(uapi::HMM_GPU_CAP_ADVICE);
 
+    /// It moves pages while the program goes on: [`Device::prefetch_async`](crate::Device::prefetch_async).
+    pub const PREFETCH: Self = Self(uapi::HMM_GPU_CAP_PREFETCH);
+
     /// The CPU reaches its VRAM where it is: pages do not come back when the CPU touches them.
     pub const COHERENT: Self = Self(uapi::HMM_GPU_CAP_COHERENT);
 
-    const NAMES: [(Self, &'static str); 8] = [
+    const NAMES: [(Self, &'static str); 9] = [
         (Self::MIGRATE, "migrate"),
         (Self::RESIDENCY, "residency"),
         (Self::COUNTERS, "counters"),
@@ -208,6 +211,7 @@ impl Capabilities {
         (Self::MIRROR, "mirror"),
         (Self::ATOMIC, "atomic"),
         (Self::ADVICE, "advice"),
+        (Self::PREFETCH, "prefetch"),
         (Self::COHERENT, "coherent"),
     ];
 

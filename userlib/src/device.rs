@@ -9,6 +9,7 @@ use rustix::io::{retry_on_intr, Errno};
 use crate::error::Attempt;
 use crate::look::{look, room};
 use crate::moving::{self, Stop};
+use crate::prefetch::Completions;
 use crate::sys::{File, OpenError};
 use crate::uapi::{self, hmm_gpu_counters, hmm_gpu_query, hmm_gpu_residency};
 use crate::{Counters, Description, Error, Moved, PageRange, Residency, Target};
@@ -29,6 +30,7 @@ pub struct Device {
     file: File,
     path: PathBuf,
     unit: u32,
+    completions: Completions,
 }
 
 impl Device {
@@ -80,6 +82,7 @@ impl Device {
             file,
             path,
             unit: 0,
+            completions: Completions::default(),
         };
         let description = match device.describe() {
             // Something else that takes no ioctl, or not this one.
@@ -109,6 +112,11 @@ impl Device {
         &self.file
     }
 
+    /// What is known of its moves that go on by themselves.
+    pub(crate) fn completions(&self) -> &Completions {
+        &self.completions
+    }
+
     /// What the device is, and how much of its VRAM is free now. The driver's `QUERY`.
     pub fn describe(&self) -> Result<Description, Error> {
         let mut answer = hmm_gpu_query::default();
@@ -121,6 +129,18 @@ impl Device {
     /// What the device has done since it was bound, for all processes. The driver's `COUNTERS`.
     pub fn counters(&self) -> Result<Counters, Error> {
         let mut answer = hmm_gpu_counters::default();
+        retry_on_intr(|| self.file.counters(&mut answer))
+            .map_err(|errno| Error::call(&self.path, Attempt::Counters, errno))?;
+        Ok(Counters::from_uapi(&answer))
+    }
+
+    /// What this process has done with the device since it was opened here, and what became of the pages that it brought there. The
+    /// driver's `COUNTERS` with `HMM_GPU_COUNTERS_CLIENT`.
+    pub fn own_counters(&self) -> Result<Counters, Error> {
+        let mut answer = hmm_gpu_counters {
+            flags: uapi::HMM_GPU_COUNTERS_CLIENT,
+            ..Default::default()
+        };
         retry_on_intr(|| self.file.counters(&mut answer))
             .map_err(|errno| Error::call(&self.path, Attempt::Counters, errno))?;
         Ok(Counters::from_uapi(&answer))

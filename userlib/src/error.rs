@@ -43,6 +43,10 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// A slice without bytes lies on no page: there is nothing to do.
+    #[error("the slice has no bytes, so there is no page to move")]
+    NoPages,
+
     /// The driver is older than this library.
     #[error(
         "the driver of {} has interface {found}, this library needs {needed}: load the hmm_gpu module of the same release",
@@ -135,6 +139,15 @@ pub enum Attempt {
         /// How far it came: this is done and stays so.
         moved: Moved,
     },
+    /// To queue a move.
+    Queue {
+        /// First byte of the range.
+        addr: usize,
+        /// Its length in bytes.
+        bytes: usize,
+        /// Where to.
+        target: Target,
+    },
     /// To describe the device page table.
     Mirror,
     /// To let the device access memory.
@@ -210,6 +223,15 @@ impl fmt::Display for Attempt {
             } => {
                 write!(f, "moving {} at {addr:#x} to {target}", exact(bytes))
             }
+            Attempt::Queue {
+                addr,
+                bytes,
+                target,
+            } => write!(
+                f,
+                "queueing a move of {} at {addr:#x} to {target}",
+                exact(bytes)
+            ),
             Attempt::Mirror => f.write_str("describing the device page table"),
             Attempt::Access {
                 operation,
@@ -465,6 +487,17 @@ fn attempt_reason(attempt: &Attempt, errno: Errno) -> Option<Reason> {
         (Attempt::Advise { .. }, Errno::INVAL) => Some((
             "the driver does not take these values",
             "address and length are whole pages, and a granularity is a power of two from 4096 to 2 MiB",
+        )),
+        (Attempt::Queue { .. }, Errno::AGAIN) => Some((
+            "as many moves are under way as a device takes",
+            "wait for one of them",
+        )),
+        (Attempt::Move { .. }, Errno::CANCELED) => {
+            Some(("the process was ending", "move what is needed anew"))
+        }
+        (Attempt::Move { .. }, Errno::NOMSG) => Some((
+            "its end was read from the file by somebody else",
+            "leave the reading of the device's file to `Prefetch`",
         )),
         (Attempt::Mirror, Errno::NOSPC) => service_reason(errno),
         _ => None,

@@ -18,7 +18,7 @@ pub enum Target {
 }
 
 impl Target {
-    fn to_uapi(self) -> u32 {
+    pub(crate) fn to_uapi(self) -> u32 {
         match self {
             Target::Device => uapi::HMM_GPU_TARGET_DEVICE,
             Target::System => uapi::HMM_GPU_TARGET_SYSTEM,

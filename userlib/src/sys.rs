@@ -12,6 +12,7 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{self, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
@@ -83,6 +84,31 @@ impl File {
                 (argument as *mut uapi::hmm_gpu_migrate).cast(),
             )
         }
+    }
+
+    /// `PREFETCH`. Safe for any argument, as `MIGRATE` is.
+    pub fn prefetch(&self, argument: &mut uapi::hmm_gpu_prefetch) -> Result<(), Errno> {
+        // SAFETY: as in `query`. Of the memory that the range names only its place changes, later.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_PREFETCH,
+                (argument as *mut uapi::hmm_gpu_prefetch).cast(),
+            )
+        }
+    }
+
+    /// Reads what has become of moves that were queued (`read(2)`), waits for the first, and returns how many there were: none if none
+    /// are queued.
+    pub fn completions(&self, room: &mut [uapi::hmm_gpu_completion]) -> Result<usize, Errno> {
+        let bytes = rustix::io::read(&self.fd, bytemuck::cast_slice_mut::<_, u8>(room))?;
+        Ok(bytes / size_of::<uapi::hmm_gpu_completion>())
+    }
+
+    /// Whether there is something to read now (`poll(2)`).
+    pub fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
+        let polled = poll(&mut fds, Some(&Timespec::default()));
+        polled.is_ok() && fds[0].revents().contains(PollFlags::IN)
     }
 
     /// `ADVISE`. Safe for any argument, as `MIGRATE` is.

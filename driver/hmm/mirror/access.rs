@@ -81,6 +81,7 @@ impl<T: Table> Mirror<T> {
             let words = (entry.0 as u64, word(&map, entry));
             state.tree.set(page, words.0, words.1, store)?;
             state.generation += 1;
+            state.mapped += 1;
             Written::wait();
             drop(state);
             map.data().mapped(1);

@@ -17,8 +17,8 @@ use crate::common::random::{mix, seed, Random};
 use crate::common::{asked_seconds, eventually, is_checking, places, to_device};
 use hmm_gpu::uapi::{
     self, hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault,
-    hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_query, hmm_gpu_residency,
-    hmm_gpu_snapshot,
+    hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_prefetch, hmm_gpu_query,
+    hmm_gpu_residency, hmm_gpu_snapshot,
 };
 use hmm_gpu::{Device, Errno, Target};
 
@@ -45,8 +45,11 @@ const FAULT: usize = 6;
 const SNAPSHOT: usize = 7;
 const ATOMIC: usize = 8;
 const ADVICE: usize = 9;
+const PREFETCH: usize = 10;
+/// The first number that no call has.
+const UNUSED: usize = 13;
 
-const CALLS: [Known; 10] = [
+const CALLS: [Known; 11] = [
     (
         "QUERY",
         uapi::HMM_GPU_QUERY,
@@ -161,6 +164,19 @@ const CALLS: [Known; 10] = [
             Errno::INVAL,
             Errno::FAULT,
             Errno::TOOBIG,
+            Errno::NOMEM,
+            Errno::INTR,
+        ],
+    ),
+    (
+        "PREFETCH",
+        uapi::HMM_GPU_PREFETCH,
+        size_of::<hmm_gpu_prefetch>(),
+        0x30,
+        &[
+            Errno::INVAL,
+            Errno::FAULT,
+            Errno::AGAIN,
             Errno::NOMEM,
             Errno::INTR,
         ],
@@ -494,6 +510,7 @@ impl Caller<'_> {
             ACCESS => self.access(),
             FAULT => self.fault(),
             ADVICE => self.advice(),
+            PREFETCH => self.prefetch(),
             _ => self.atomic(),
         }
     }
@@ -625,6 +642,44 @@ impl Caller<'_> {
         (bytemuck::bytes_of(&it).to_vec(), broken)
     }
 
+    fn prefetch(&mut self) -> (Vec<u8>, bool) {
+        let (addr, len) = self.ground.range(&mut self.random);
+        let (target, good) = self.choice(2);
+        let (flags, (reserved, broken)) = (self.flags(32), self.reserved());
+        let it = hmm_gpu_prefetch {
+            addr,
+            len,
+            cookie: self.random.next(),
+            target,
+            flags: flags as u32,
+            reserved,
+        };
+        let broken = broken || flags != 0 || !good || self.ground.refuses(addr, len);
+        (bytemuck::bytes_of(&it).to_vec(), broken)
+    }
+
+    /// Reads what has become of moves, to anywhere.
+    fn read(&mut self) {
+        let place = self.ground.target(&mut self.random);
+        let bytes = self.random.of(&[0, 79, 80, 80, 800, 6000]);
+        let fd = self.file().as_fd().as_raw_fd();
+        // SAFETY: what can be written there may be.
+        let read = unsafe { libc::read(fd, place as *mut libc::c_void, bytes) };
+        if read >= 0 {
+            assert!(
+                read as usize <= bytes && read % 80 == 0,
+                "{read} of {bytes}"
+            );
+            return;
+        }
+        let error = last_errno();
+        let may = [Errno::INVAL, Errno::FAULT, Errno::INTR];
+        assert!(
+            may.contains(&error),
+            "reading {bytes} to {place:#x}: {error}"
+        );
+    }
+
     fn atomic(&mut self) -> (Vec<u8>, bool) {
         let bytes = self.random.of(&[4, 8]);
         let most = if bytes == 8 {
@@ -689,7 +744,7 @@ impl Caller<'_> {
     fn make(&mut self) -> Made {
         let known = self.random.of(&[
             QUERY, COUNTERS, MIRROR, MIGRATION, MIGRATION, RESIDENCY, SNAPSHOT, ACCESS, ACCESS,
-            ACCESS, FAULT, FAULT, ATOMIC, ATOMIC, ADVICE, ADVICE,
+            ACCESS, FAULT, FAULT, ATOMIC, ATOMIC, ADVICE, ADVICE, PREFETCH,
         ]);
         let (_, number, size, smallest, _) = CALLS[known];
         let (bytes, broken) = self.structure(known);
@@ -766,10 +821,7 @@ impl Caller<'_> {
                 uapi::HMM_GPU_QUERY & !0xff00 | kind | random.below(CALLS.len()) as u32
             }
             2 => CALLS[random.below(CALLS.len())].1 & !(3 << 30) | ((random.below(3) as u32) << 30),
-            _ => {
-                let first = CALLS.len();
-                uapi::HMM_GPU_QUERY & !0xff | (first + random.below(256 - first)) as u32
-            }
+            _ => uapi::HMM_GPU_QUERY & !0xff | (UNUSED + random.below(256 - UNUSED)) as u32,
         };
         let (place, _) = self.place(&[0x5a; 64]);
         let answer = call(self.file(), number, place);
@@ -779,6 +831,9 @@ impl Caller<'_> {
     fn step(&mut self) {
         if self.random.once_in(40) {
             return self.unknown();
+        }
+        if self.random.once_in(20) {
+            return self.read();
         }
         let made = self.make();
         let (name, _, size, _, errors) = CALLS[made.known];

@@ -28,6 +28,7 @@ mod oversubscribed;
 mod patches;
 mod power;
 mod pressure;
+mod queued;
 mod races;
 mod stress;
 mod survive;

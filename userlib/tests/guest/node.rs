@@ -133,6 +133,7 @@ fn a_description_says_what_the_device_is() {
                 Capabilities::MIRROR,
                 Capabilities::ATOMIC,
                 Capabilities::ADVICE,
+                Capabilities::PREFETCH,
             ] {
                 assert!(description.capabilities.contains(one));
             }

@@ -311,7 +311,16 @@ impl Group {
 
     /// A count of `memory.events`.
     fn events(&self, name: &str) -> usize {
-        let text = fs::read_to_string(self.0.join("memory.events")).unwrap();
+        self.named("memory.events", name)
+    }
+
+    /// A number of `memory.stat`, in bytes.
+    fn stat(&self, name: &str) -> usize {
+        self.named("memory.stat", name)
+    }
+
+    fn named(&self, file: &str, name: &str) -> usize {
+        let text = fs::read_to_string(self.0.join(file)).unwrap();
         let mut lines = text.lines();
         let count = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         count.unwrap().parse().unwrap()
@@ -372,6 +381,74 @@ fn at_a_group_s_limit_the_bytes_survive() {
     drop(device);
     driver.finish();
     drop(swap);
+}
+
+/// Catches memory that a client has and its group does not pay for: pages in VRAM, whether they came from system memory or were never
+/// anywhere else, and the kernel's copies of device page tables.
+#[test]
+fn what_a_client_has_is_charged_to_its_group() {
+    const PAGES: usize = (8 << 20) / PAGE;
+    const WINDOWS: usize = 300;
+
+    let (driver, device) = Driver::load_with("", GPUS[0]);
+    let path = device.path();
+    let group = Group::new("charged", 256 << 20, 0);
+    let mut child = Child::fork(|test| {
+        group.enter();
+        let device = Device::open_path(path).unwrap();
+        test.send(0);
+        test.receive();
+        let filled = Area::filled(PAGES, 1);
+        to_device(&device, *filled);
+        test.send(0);
+        test.receive();
+        // Never touched: it arrives as zeroes.
+        let untouched = Area::new(PAGES);
+        to_device(&device, *untouched);
+        test.send(0);
+        test.receive();
+        // By a thread of the kernel's own.
+        let queued = Area::new(PAGES);
+        let moving = device.prefetch_range_async(queued.addr, queued.bytes(), Target::Device);
+        assert_eq!(moving.unwrap().wait().unwrap().moved, queued.bytes() as u64);
+        test.send(0);
+        test.receive();
+        // A node for each.
+        let sparse = Area::new(WINDOWS * 512);
+        sparse.advise(libc::MADV_NOHUGEPAGE).unwrap();
+        for window in 0..WINDOWS {
+            device_fill_by(&device, sparse.page(window * 512), 2, MAP);
+        }
+        test.send(device.mirror().unwrap().nodes);
+        test.receive();
+        filled.check(1);
+        untouched.check_zero();
+        queued.check_zero();
+    });
+    // Charges are taken in batches, one a processor.
+    const SLACK: usize = 2 << 20;
+    child.receive();
+    let mut before = (group.number("memory.current"), group.stat("anon"));
+    for what in ["moved", "untouched", "queued"] {
+        child.step();
+        let now = (group.number("memory.current"), group.stat("anon"));
+        let more = (now.0 - before.0, now.1 - before.1);
+        assert!(more.0 + SLACK >= PAGES * PAGE, "{what}: {more:?}");
+        assert!(more.0 <= PAGES * PAGE + SLACK, "{what}: {more:?}");
+        assert!(more.1 + SLACK >= PAGES * PAGE, "{what}: {more:?}");
+        before = now;
+    }
+    let kernel = group.stat("kernel");
+    let nodes = child.step() as usize;
+    assert!(nodes >= WINDOWS, "{nodes}");
+    let more = group.stat("kernel") - kernel;
+    assert!(more >= nodes * PAGE, "{more} for {nodes} nodes");
+    child.send(0);
+    child.finish();
+    drop(group);
+    assert_empty(&device);
+    drop(device);
+    driver.finish();
 }
 
 /// What the kernel says of a process that it kills is no trouble of this test's: it does not go to the console.

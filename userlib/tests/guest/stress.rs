@@ -40,7 +40,7 @@ const GPU_UNIT: usize = 1;
 const TOO_LONG: Duration = Duration::from_secs(60);
 
 /// What a thread does in a step.
-const DEEDS: [(&str, usize); 27] = [
+const DEEDS: [(&str, usize); 28] = [
     ("write", 12),
     ("check", 12),
     ("write alike", 2),
@@ -64,6 +64,7 @@ const DEEDS: [(&str, usize); 27] = [
     ("fault", 6),
     ("migrate", 12),
     ("migrate others", 6),
+    ("queue", 5),
     ("residency", 3),
     ("advice", 3),
     ("snapshot", 3),
@@ -151,6 +152,10 @@ fn tell_places() {
     let pids = fs::read_dir("/proc").unwrap().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     for pid in pids {
+        // It may end meanwhile.
+        if fs::File::open(format!("/proc/{pid}/pagemap")).is_err() {
+            continue;
+        }
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
         let mut kinds = std::collections::BTreeMap::new();
         for line in maps.lines() {
@@ -794,6 +799,14 @@ impl Worker<'_> {
                     plot.area.page(0)
                 };
                 (told, answer, (!is_there).then_some(Errno::FAULT))
+            }
+            // It goes on by itself, whatever becomes of the memory, the file and the process.
+            "queue" => {
+                let span = plot.any(&mut self.random);
+                let target = self.random.of(&[Target::Device, Target::System]);
+                let queued = device.prefetch_range_async(span.addr, span.bytes(), target);
+                let answer = queued.map(drop).map_err(|error| error.errno().unwrap());
+                (span, answer, Some(Errno::AGAIN))
             }
             "residency" => {
                 let span = plot.any(&mut self.random);

@@ -5,11 +5,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::driver::{Driver, GPUS};
+use crate::common::child::Child;
+use crate::common::driver::{add_up, counters, Driver, GPUS};
 use crate::common::memory::{Area, PAGE};
 use crate::common::mirror::{device_check_by, device_fill_by, MIGRATE};
 use crate::common::{to_device, to_system};
-use hmm_gpu::{Counters, Device};
+use hmm_gpu::{Counters, Device, Target};
 
 const TRACING: &str = "/sys/kernel/tracing";
 
@@ -167,15 +168,98 @@ fn the_counters_add_up() {
         to_system(&device, area.part(500, 200));
     }
     let now: Counters = device.counters().unwrap();
-    assert_eq!(now.allocated_pages, now.freed_pages + now.live_pages);
-    assert!(
-        now.populated_pages + now.device_fault_pages <= now.to_device_pages + now.populated_pages
-    );
+    assert!(add_up(&counters(&device)), "{now:#?}");
     let gone = now.to_system_pages + now.fault_back_pages + now.pressure_pages + now.evicted_pages;
     let left = now.live_pages - now.table_pages;
     assert!(gone + left <= now.to_device_pages, "{now:#?}");
     // What is missing was discarded there.
     assert_eq!(now.to_device_pages - gone - left, 60);
     drop((area, device));
+    driver.finish();
+}
+
+/// Catches what is counted for a client that another has done, or for none, and what is not counted for either: three processes, each with
+/// work of its own kind, while all the others' goes on.
+#[test]
+fn what_clients_have_done_is_what_the_device_has() {
+    let driver = Driver::load("soft=1 soft_mib=16 fault_around=64 bounce_ms=10000");
+    let device = Device::open(0).unwrap();
+    let room = device.describe().unwrap().vram_bytes as usize / PAGE;
+    let mut children: Vec<Child> = (0..3)
+        .map(|i| {
+            Child::fork(|test| {
+                let device = Device::open(0).unwrap();
+                let area = Area::filled(room / 2, i);
+                for round in 0..4 {
+                    let seed = 10 * (i + 1) + round;
+                    match i {
+                        0 => drop(device.prefetch_range(area.addr, area.bytes(), Target::Device)),
+                        1 => device_fill_by(&device, area.part(0, 900), seed, MIGRATE),
+                        _ => drop(
+                            device
+                                .prefetch_range_async(area.addr, 700 * PAGE, Target::Device)
+                                .unwrap()
+                                .wait(),
+                        ),
+                    }
+                    area.part(100, 50 * (i as usize + 1)).touch();
+                    area.part(950, 20).advise(libc::MADV_DONTNEED).unwrap();
+                }
+                test.send(0);
+                test.receive();
+                let mut sums = vec![];
+                for (_, value) in device.own_counters().unwrap().iter() {
+                    sums.push(value);
+                }
+                sums.into_iter().for_each(|value| test.send(value));
+                test.receive();
+                if i == 1 {
+                    area.part(0, 900).check(23);
+                }
+            })
+        })
+        .collect();
+    for child in &mut children {
+        child.receive();
+    }
+    assert!(add_up(&counters(&device)), "{:#?}", counters(&device));
+    children.iter_mut().for_each(|child| child.send(0));
+    let all = device.counters().unwrap();
+    let mut of_clients: Vec<Vec<u64>> = vec![];
+    for child in &mut children {
+        of_clients.push(all.iter().map(|_| child.receive()).collect());
+    }
+    for (i, (name, whole)) in all.iter().enumerate() {
+        let each: Vec<u64> = of_clients.iter().map(|values| values[i]).collect();
+        let sum: u64 = each.iter().sum();
+        match name {
+            // With those of device page tables, which belong to nobody.
+            "live_pages" => assert_eq!(sum + all.table_pages, whole, "{name}"),
+            "allocated_pages" => assert_eq!(sum + all.table_pages_taken, whole, "{name}"),
+            "freed_pages" => {
+                let freed = all.table_pages_taken - all.table_pages;
+                assert_eq!(sum + freed, whole, "{name}");
+            }
+            "table_pages_taken" | "insertion_failures" => assert_eq!(sum, 0, "{name}"),
+            _ if name.ends_with("_ns") => {
+                assert!(sum <= whole && sum > 0, "{name}: {each:?} of {whole}")
+            }
+            _ => assert_eq!(sum, whole, "{name}: {each:?}"),
+        }
+    }
+    let of = |i: usize, name: &str| {
+        let at = all.iter().position(|(one, _)| one == name).unwrap();
+        of_clients[i][at]
+    };
+    assert_eq!((of(0, "device_faults"), of(2, "device_faults")), (0, 0));
+    assert!(of(1, "device_faults") >= 900);
+    assert!(of(0, "to_device_pages") >= room as u64 / 2 - 20);
+    assert!((0..3).all(|i| of(i, "fault_back_pages") > 0));
+    children.iter_mut().for_each(|child| child.send(0));
+    children.into_iter().for_each(Child::finish);
+    // A client that comes begins with nothing.
+    let fresh = Device::open(0).unwrap().own_counters().unwrap();
+    assert!(fresh.iter().all(|(_, value)| value == 0), "{fresh:#?}");
+    drop(device);
     driver.finish();
 }

@@ -207,9 +207,7 @@ impl Drop for Driver {
 /// it took it gave back.
 #[track_caller]
 pub fn assert_empty(device: &Device) -> Counters {
-    let empty = |raw: &hmm_gpu_counters| {
-        raw.live_pages == raw.table_pages && raw.allocated_pages == raw.freed_pages + raw.live_pages
-    };
+    let empty = |raw: &hmm_gpu_counters| raw.live_pages == raw.table_pages && add_up(raw);
     let mut raw = counters(device);
     for _ in 0..10_000 {
         if empty(&raw) {
@@ -230,6 +228,26 @@ pub fn assert_empty(device: &Device) -> Counters {
         "VRAM is not all free"
     );
     device.counters().unwrap()
+}
+
+/// Whether the counters add up, as they do whenever nothing is under way: what was taken, what it was taken for, and what has become of
+/// that; and what has become of device faults.
+pub fn add_up(raw: &hmm_gpu_counters) -> bool {
+    let there = raw.live_pages - raw.table_pages.min(raw.live_pages);
+    let moved_away = raw.to_system_pages
+        + raw.fault_back_pages
+        + raw.pressure_pages
+        + raw.evicted_pages
+        + raw.to_other_pages;
+    let serviced = raw.faults_in_device + raw.faults_in_system + raw.fault_failures;
+    raw.allocated_pages == raw.freed_pages + raw.live_pages
+        && raw.allocated_pages == raw.to_device_pages + raw.unused_pages + raw.table_pages_taken
+        && moved_away + there <= raw.to_device_pages
+        && raw.device_faults == serviced
+        && raw.populated_pages + raw.from_other_pages <= raw.to_device_pages
+        && raw.device_fault_pages <= raw.to_device_pages
+        && raw.around_pages <= raw.fault_back_pages
+        && 512 * raw.large_to_device <= raw.to_device_pages
 }
 
 /// What a device has done, as the driver's structure.
