@@ -30,6 +30,7 @@ mod power;
 mod pressure;
 mod queued;
 mod races;
+mod stock_tools;
 mod stress;
 mod survive;
 mod table;

@@ -3,16 +3,15 @@
 //! Runs in the virtual GPU host: `bench/test guest_traced`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::common::child::Child;
 use crate::common::driver::{add_up, counters, Driver, GPUS};
+use crate::common::kernel::{self, number, TRACING};
 use crate::common::memory::{Area, PAGE};
 use crate::common::mirror::{device_check_by, device_fill_by, MIGRATE};
 use crate::common::{to_device, to_system};
 use hmm_gpu::{Counters, Device, Target};
-
-const TRACING: &str = "/sys/kernel/tracing";
 
 /// The events of the driver, recorded until it is dropped.
 struct Trace(PathBuf);
@@ -20,12 +19,7 @@ struct Trace(PathBuf);
 impl Trace {
     #[track_caller]
     fn on() -> Self {
-        if !Path::new(TRACING).join("trace").exists() {
-            let status = std::process::Command::new("mount")
-                .args(["-t", "tracefs", "tracefs", TRACING])
-                .status();
-            assert!(status.unwrap().success());
-        }
+        kernel::mount_tracing();
         let this = Self(PathBuf::from(TRACING));
         this.write("trace", "");
         this.write("events/hmm_gpu/enable", "1");
@@ -53,20 +47,6 @@ impl Drop for Trace {
     fn drop(&mut self) {
         let _ = fs::write(self.0.join("events/hmm_gpu/enable"), "0");
     }
-}
-
-/// The number that follows `name=` in a line.
-#[track_caller]
-fn number(line: &str, name: &str) -> u64 {
-    let mark = format!(" {name}=");
-    let rest = line
-        .split_once(&mark)
-        .unwrap_or_else(|| panic!("{name} in {line}"))
-        .1;
-    let end = rest
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(rest.len());
-    rest[..end].parse().unwrap()
 }
 
 /// Catches events that are missing or that say something else than what happened: every way a page can move, with as many pages as the

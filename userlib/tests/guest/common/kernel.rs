@@ -225,3 +225,31 @@ pub fn some_system_ram(iomem: &str) -> u64 {
     })
     .unwrap()
 }
+
+/// Where the kernel's tracing is.
+pub const TRACING: &str = "/sys/kernel/tracing";
+
+/// Has it be there.
+#[track_caller]
+pub fn mount_tracing() {
+    if !Path::new(TRACING).join("trace").exists() {
+        let status = std::process::Command::new("mount")
+            .args(["-t", "tracefs", "tracefs", TRACING])
+            .status();
+        assert!(status.unwrap().success());
+    }
+}
+
+/// The number that follows `name=` in a line of a trace.
+#[track_caller]
+pub fn number(line: &str, name: &str) -> u64 {
+    let mark = format!(" {name}=");
+    let rest = line
+        .split_once(&mark)
+        .unwrap_or_else(|| panic!("{name} in {line}"))
+        .1;
+    let end = rest
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(rest.len());
+    rest[..end].parse().unwrap()
+}
