@@ -24,6 +24,18 @@
 	{ HMM_GPU_FAULT_LATER, "later" }
 #endif
 
+/* So that programs that read the formats (trace-cmd, perf) know the numbers. */
+TRACE_DEFINE_ENUM(HMM_GPU_REQUEST_TO_DEVICE);
+TRACE_DEFINE_ENUM(HMM_GPU_DEVICE_FAULT);
+TRACE_DEFINE_ENUM(HMM_GPU_REQUEST_TO_SYSTEM);
+TRACE_DEFINE_ENUM(HMM_GPU_CPU_FAULT);
+TRACE_DEFINE_ENUM(HMM_GPU_PRESSURE);
+TRACE_DEFINE_ENUM(HMM_GPU_EVICT);
+TRACE_DEFINE_ENUM(HMM_GPU_FAULT_RETRY);
+TRACE_DEFINE_ENUM(HMM_GPU_FAULT_OOM);
+TRACE_DEFINE_ENUM(HMM_GPU_FAULT_SIGBUS);
+TRACE_DEFINE_ENUM(HMM_GPU_FAULT_LATER);
+
 /* One batch of pages, through all steps. addr is 0 where pages move wherever they are mapped. */
 TRACE_EVENT(hmm_gpu_migrate,
 	TP_PROTO(const struct hmm_gpu_migration *migration),

@@ -455,7 +455,8 @@ impl Caller<'_> {
                     live_pages: self.random.next(),
                     ..Default::default()
                 };
-                (bytes(bytemuck::bytes_of(&it)), flags != 0)
+                let broken = flags & !uapi::HMM_GPU_COUNTERS_CLIENT != 0;
+                (bytes(bytemuck::bytes_of(&it)), broken)
             }
             MIRROR => {
                 let (reserved, broken) = self.reserved();
