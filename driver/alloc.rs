@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which pages of VRAM are in use.
+//! Which pages of VRAM are in use, and in which pool.
 //!
 //! The kernel's `GpuBuddy` hands out blocks of 2 MiB, and within them a bitmap hands out pages.
-//! Blocks that were taken stay with the bitmap, whose empty ones are used first. The buddy has a
+//! Blocks that were taken stay with the bitmap, whose empty ones are used first. They are of the shared pool,
+//! until they are given to a private one. The buddy has a
 //! mutex; the bitmap has a spinlock that is taken with interrupts off, since pages are given back
 //! under page table locks. Lock order: none of the two is taken with the other held.
 
 #![forbid(unsafe_code)]
 
 use crate::{
-    bitmap::{Blocks, BLOCK_PAGES},
+    bitmap::{Blocks, BLOCK_PAGES, SHARED},
     usage::{Taker, Usage},
 };
+use core::ops::Range;
 use kernel::{
     gpu::buddy::{
         AllocatedBlocks, GpuBuddy, GpuBuddyAllocFlags, GpuBuddyAllocMode, GpuBuddyParams,
@@ -73,9 +75,9 @@ impl Allocator {
         while let Some(piece) = indices.get_mut(got..).filter(|rest| !rest.is_empty()) {
             let want = piece.len().min(PIECE);
             let piece = piece.get_mut(..want).unwrap_or_default();
-            let taken = self.blocks.lock().take(order, piece);
+            let taken = self.blocks.lock().take(taker.pool(), order, piece);
             got += taken;
-            if taken < want && self.grow().is_err() {
+            if taken < want && (taker.pool() != SHARED || self.grow().is_err()) {
                 break;
             }
         }
@@ -88,9 +90,13 @@ impl Allocator {
 
     /// Takes one more block from the buddy.
     fn grow(&self) -> Result {
+        self.take_block(GpuBuddyAllocMode::Simple)
+    }
+
+    fn take_block(&self, mode: GpuBuddyAllocMode) -> Result {
         let block = KBox::pin_init(
             self.buddy.alloc_blocks(
-                GpuBuddyAllocMode::Simple,
+                mode,
                 BLOCK_BYTES,
                 Alignment::new::<SZ_2M>(),
                 GpuBuddyAllocFlags::default(),
@@ -112,6 +118,102 @@ impl Allocator {
         // Before they can be taken again.
         self.usage.gave_back(index, order);
         self.blocks.lock().give_back(index, order);
+    }
+
+    /// Has `count` blocks in a row be those of private pool `pool`, which has none, and returns the first. Pages may be in
+    /// use there still, which can move; from now on no more come.
+    ///
+    /// Fails with `ENOSPC` if there are no such blocks, and with `ENOMEM`.
+    pub(crate) fn give(&self, pool: u16, count: usize) -> Result<usize> {
+        // Others may be faster to take a block, or to put a device page table where there was none.
+        const ATTEMPTS: usize = 8;
+
+        let mut room = KVVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..ATTEMPTS {
+            let first = self.emptiest_run(count)?.ok_or(ENOSPC)?;
+            for block in first..first + count {
+                if self.blocks.lock().is_here(block) {
+                    continue;
+                }
+                // CAST: Widens.
+                let start = block as u64 * BLOCK_BYTES;
+                // If it is not to be had, it has just been taken, and will be here.
+                let _ = self.take_block(GpuBuddyAllocMode::Range(start..start + BLOCK_BYTES));
+            }
+            let given = self.blocks.lock().give(first, count, pool, room);
+            match given {
+                Ok(()) => {
+                    (first..first + count).for_each(|block| self.usage.move_block(block, pool));
+                    return Ok(first);
+                }
+                Err(back) => room = back,
+            }
+        }
+        Err(ENOSPC)
+    }
+
+    /// Where `count` blocks in a row begin that are of the shared pool, have no device page tables, and have as few pages as
+    /// any such in use.
+    fn emptiest_run(&self, count: usize) -> Result<Option<usize>> {
+        let blocks = self.pages / BLOCK_PAGES;
+        let mut costs = KVVec::with_capacity(blocks, GFP_KERNEL)?;
+        for block in 0..blocks {
+            let used = self.blocks.lock().used_of_block(block);
+            // What moves is counted a moment later.
+            let fits = self.usage.pool_of(block * BLOCK_PAGES) == SHARED
+                && used <= self.usage.movable(block);
+            costs.push(fits.then_some(used), GFP_KERNEL)?;
+        }
+        let runs = costs.windows(count).enumerate();
+        let runs = runs
+            .filter_map(|(first, run)| Some((run.iter().copied().sum::<Option<usize>>()?, first)));
+        Ok(runs.min().map(|(_, first)| first))
+    }
+
+    /// Has block `block` of a private pool be one of the shared pool, with what is in use of it. `zero` is given the pages that
+    /// are not, by their index, before they can be taken.
+    pub(crate) fn take_back(&self, block: usize, mut zero: impl FnMut(usize)) {
+        self.release_block(block);
+        let free = self.blocks.lock().take_all(block);
+        for (i, word) in free.iter().enumerate() {
+            // CAST: Widens.
+            let bits = u64::BITS as usize;
+            (0..bits)
+                .filter(|bit| word >> bit & 1 != 0)
+                .for_each(|bit| zero(block * BLOCK_PAGES + i * bits + bit));
+        }
+        // Before they can be taken.
+        self.usage.move_block(block, SHARED);
+        let mut blocks = self.blocks.lock();
+        blocks.take_back(block);
+        blocks.put_all(block, &free);
+    }
+
+    /// From now on, or no more: pages that are given back to `pool`, whose blocks these are, are not taken again.
+    pub(crate) fn hold(&self, pool: u16, blocks: Range<usize>, holds: bool) {
+        self.blocks.lock().set_holds(pool, holds);
+        if !holds {
+            blocks.for_each(|block| self.release_block(block));
+        }
+    }
+
+    fn release_block(&self, block: usize) {
+        self.blocks.lock().release(block);
+    }
+
+    /// How many pages of `pool` are in use, or held back.
+    pub(crate) fn used_in(&self, pool: u16) -> usize {
+        self.blocks.lock().used_in(pool)
+    }
+
+    /// How many are held back.
+    pub(crate) fn held_in(&self, pool: u16) -> usize {
+        self.blocks.lock().held_in(pool)
+    }
+
+    /// How many pages of `pool` can be taken.
+    pub(crate) fn free_in(&self, pool: u16) -> usize {
+        self.blocks.lock().free_in(pool)
     }
 
     /// The blocks that were ever in use, by their offset in bytes.

@@ -8,6 +8,8 @@
 
 #![forbid(unsafe_code)]
 
+mod pool;
+
 use crate::{
     advice::{Change, Room},
     devmem::DeviceMemory,
@@ -21,6 +23,7 @@ use crate::{
         PAGE_BYTES,
     },
     migration::{Progress, Request, Target},
+    pool::Private,
     prefetch::{Job, Prefetches},
     service::{Policy, Service},
     structure::{require, UserStructure, SIZE_BITS},
@@ -40,7 +43,7 @@ use crate::{
 use kernel::{
     fs::File,
     iov::IovIterDest,
-    mm::{Mm, MmWithUser},
+    mm::{virt::VmaNew, Mm, MmWithUser},
     new_mutex,
     prelude::*,
     sync::{aref::ARef, poll::PollTable, Arc, Mutex, SetOnce},
@@ -64,6 +67,8 @@ pub(crate) struct Client {
     /// Held to make it.
     #[pin]
     mirror_lock: Mutex<()>,
+    /// Its own, if it has one: dropped after the mirror, whose nodes are in it.
+    private: SetOnce<Arc<Private>>,
     share: Arc<Share>,
 }
 
@@ -142,6 +147,7 @@ impl node::Client for Client {
             mm,
             mirror: SetOnce::new(),
             mirror_lock <- new_mutex!(()),
+            private: SetOnce::new(),
             share,
         }))
     }
@@ -160,6 +166,8 @@ impl node::Client for Client {
             n if n == uapi::HMM_GPU_SNAPSHOT & !SIZE_BITS => self.snapshot(mm, number, argument),
             n if n == uapi::HMM_GPU_ATOMIC & !SIZE_BITS => self.atomic(mm, number, argument),
             n if n == uapi::HMM_GPU_ADVISE & !SIZE_BITS => self.advise(mm, number, argument),
+            n if n == uapi::HMM_GPU_POOL & !SIZE_BITS => self.make_pool(mm, number, argument),
+            n if n == uapi::HMM_GPU_EXECUTE & !SIZE_BITS => self.execute(mm, number, argument),
             n if n == uapi::HMM_GPU_PREFETCH & !SIZE_BITS => self.prefetch(mm, number, argument),
             _ => Err(ENOTTY),
         }
@@ -178,6 +186,10 @@ impl node::Client for Client {
 
     fn poll(self: Pin<&Self>, file: &File, table: &PollTable<'_>) -> u32 {
         self.prefetches.poll(file, table)
+    }
+
+    fn mmap(self: Pin<&Self>, vma: &VmaNew, file: node::OpenFile<'_, Self>) -> Result {
+        self.map_pool(vma, &file)
     }
 }
 
@@ -217,6 +229,7 @@ impl Client {
         require(query.flags == 0 && query.reserved == [0; 5])?;
         let answer = {
             let map = self.gate.enter()?;
+            map.data().return_blocks();
             map.data().describe(map.kind())
         };
         user.write(answer)
@@ -229,7 +242,7 @@ impl Client {
         let answer = {
             let map = self.gate.enter()?;
             match counters.flags {
-                0 => map.data().counters.read(map.data().alloc.used()),
+                0 => map.data().count(),
                 _ => self.own_counters(&map)?,
             }
         };

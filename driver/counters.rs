@@ -226,6 +226,8 @@ impl Counters {
             faults_in_system: self.faults_in_system.get(),
             fault_failures: self.fault_failures.get(),
             cpu_fault_failures: self.cpu_fault_failures.get(),
+            // Of the pools: see `DeviceMemory::count`.
+            ..Default::default()
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     bounce::Bounces,
     counters::Ledger,
     evict::evict_once,
+    execution::{Execution, Tally, Waited},
     fail::Step,
     hmm::{
         folio::{Effort, SystemFolio},
@@ -19,16 +20,17 @@ use crate::{
         PAGE_BYTES,
     },
     migration::{move_to_system, new_folio, Cause, Scratch},
+    pool::Pools,
     sleep::Sleep,
     split::Splitter,
-    sys::trace,
+    sys::{trace, wait::Until},
     uapi,
     usage::Taker,
     vram::Vram,
 };
 use kernel::{
     prelude::*,
-    sync::Arc,
+    sync::{atomic::Relaxed, Arc},
     time::{delay::fsleep, Delta, Instant, Monotonic},
 };
 
@@ -59,6 +61,9 @@ pub(crate) struct DeviceMemory {
     pub(crate) splitter: Arc<Splitter>,
     around: Around,
     pub(crate) bounces: Bounces,
+    #[pin]
+    pub(crate) pools: Pools,
+    pub(crate) tally: Tally,
     #[cfg(CONFIG_KASAN)]
     poison: crate::poison::Poison,
 }
@@ -81,6 +86,8 @@ impl DeviceMemory {
             splitter: Splitter::new()?,
             around: Around::new()?,
             bounces: Bounces::new()?,
+            pools <- Pools::new(),
+            tally: Tally::new(),
         })
     }
 
@@ -94,21 +101,29 @@ impl DeviceMemory {
             .take(taker, order, indices.get_mut(..wanted).unwrap_or_default());
         self.counters
             .add(taker.account(), |it| &it.allocated, got << order);
-        #[cfg(CONFIG_KASAN)]
         for &index in indices.iter().take(got) {
             // CAST: The index of a page fits in a word.
-            self.poison
-                .check(&self.vram, self.identity.unit, index as usize, order);
+            self.no_longer_free(index as usize, order);
         }
         got
+    }
+
+    /// The `1 << order` pages from `index` on may be written to from now on.
+    pub(crate) fn no_longer_free(&self, _index: usize, _order: u32) {
+        #[cfg(CONFIG_KASAN)]
+        self.poison
+            .check(&self.vram, self.identity.unit, _index, _order);
     }
 
     /// Gives VRAM back.
     pub(crate) fn give_back(&self, index: usize, order: u32) {
         let owner = self.alloc.usage().owner(index);
         self.counters.add(owner, |it| &it.freed, 1 << order);
+        // Who has mapped a private pool may write to what is free there.
         #[cfg(CONFIG_KASAN)]
-        self.poison.put(&self.vram, index, order);
+        if self.alloc.usage().pool_of(index) == crate::bitmap::SHARED {
+            self.poison.put(&self.vram, index, order);
+        }
         self.alloc.give_back(index, order);
     }
 
@@ -118,10 +133,22 @@ impl DeviceMemory {
         self.poison.forget();
     }
 
+    /// The answer to `COUNTERS`.
+    pub(crate) fn count(&self) -> uapi::hmm_gpu_counters {
+        // CAST: Both widen.
+        uapi::hmm_gpu_counters {
+            private_pages: self.alloc.usage().private() as u64,
+            quarantined_pages: self.quarantined() as u64,
+            executions: self.tally.begun.load(Relaxed),
+            executions_lost: self.tally.lost.load(Relaxed),
+            ..self.counters.read(self.alloc.used())
+        }
+    }
+
     /// The answer to `QUERY`.
     pub(crate) fn describe(&self, kind: Kind) -> uapi::hmm_gpu_query {
         let touched = match kind {
-            Kind::Private => uapi::HMM_GPU_CAP_FAULT_BACK,
+            Kind::Private => uapi::HMM_GPU_CAP_FAULT_BACK | uapi::HMM_GPU_CAP_POOL,
             Kind::Coherent => uapi::HMM_GPU_CAP_COHERENT,
         };
         let bytes = |pages: usize| (pages * PAGE_BYTES) as u64;
@@ -189,6 +216,10 @@ impl Ops for DeviceMemory {
         outcome
     }
 
+    fn closed(map: &PageMap<Self>) {
+        map.data().pools.zap();
+    }
+
     fn evict_all(map: &PageMap<Self>) {
         const PAUSE_MS: i64 = 10;
         const REPORT_MS: i64 = 10_000;
@@ -246,8 +277,20 @@ fn bring_back(
     owner: i16,
 ) -> FaultOutcome {
     let memory = map.data();
+    // First: what cannot move had better not be collected, which unmaps it everywhere.
+    let user = |fault: &Fault<'_, DeviceMemory>| memory.user_of(fault.index(map)?);
+    if let Some(execution) = user(&fault) {
+        return wait_for(map, fault, &execution, owner);
+    }
     if fault.order() == 0 {
-        return fault_back_small(map, &fault, owner);
+        let outcome = fault_back_small(map, &fault, owner);
+        // One that has begun meanwhile.
+        return match user(&fault) {
+            Some(execution) if outcome == FaultOutcome::Retry => {
+                wait_for(map, fault, &execution, owner)
+            }
+            _ => outcome,
+        };
     }
     if !memory.splitter.is_busy() {
         let Ok(mut scratch) = Scratch::new() else {
@@ -269,6 +312,23 @@ fn bring_back(
     }
     memory.counters.add(owner, |it| &it.cpu_fault_retries, 1);
     fault.come_again()
+}
+
+/// Has the CPU touch the page again when an execution is over that may use it.
+fn wait_for(
+    map: &PageMap<DeviceMemory>,
+    fault: Fault<'_, DeviceMemory>,
+    execution: &Execution,
+    owner: i16,
+) -> FaultOutcome {
+    let memory = map.data();
+    memory.counters.add(owner, |it| &it.cpu_fault_retries, 1);
+    // Should the task be killed, it will not touch the page again.
+    fault.wait(|| {
+        memory
+            .tally
+            .lost(execution.wait(Until::Killed) == Waited::Lost);
+    })
 }
 
 /// Brings a page that the CPU touched to system memory, and with it what it will touch next.

@@ -190,7 +190,7 @@ impl node::Client for Dmirror {
     }
 
     /// Pages of zeroes, in a mapping that may have such.
-    fn mmap(self: Pin<&Self>, vma: &VmaNew) -> Result {
+    fn mmap(self: Pin<&Self>, vma: &VmaNew, _file: node::OpenFile<'_, Self>) -> Result {
         self.client.own(current!())?;
         let mixed = vma.set_mixedmap();
         for address in (vma.start()..vma.end()).step_by(PAGE_BYTES) {

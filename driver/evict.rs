@@ -20,7 +20,7 @@ use crate::{
 use core::ops::Range;
 use kernel::prelude::*;
 
-/// Makes room for `needed` pages, for somebody whose turn it is, by evicting whole blocks that were not
+/// Makes room for `needed` pages, in the pool of somebody whose turn it is, by evicting whole blocks that were not
 /// used for long: see [`Usage::victim`]. Returns whether there was so much at the end. Others may be faster
 /// to take it.
 ///
@@ -39,8 +39,12 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
     let alloc = &map.data().alloc;
     let mut failures = 0;
     for _ in 0..ATTEMPTS {
-        if alloc.free() >= needed {
+        if alloc.free_in(taker.pool()) >= needed {
             return true;
+        }
+        // Up front: those who take the pages' locks to move them must not wait.
+        if map.data().is_held(taker.pool()) {
+            return false;
         }
         let Some(block) = alloc.usage().victim(taker) else {
             return false;
@@ -63,7 +67,12 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
             return false;
         }
     }
-    alloc.free() >= needed
+    alloc.free_in(taker.pool()) >= needed
+}
+
+/// Tries once to move each live page of some to system memory, for others need the room. Returns as [`evict_once`] does.
+pub(crate) fn evict_pages(map: &PageMap<DeviceMemory>, pages: Range<usize>) -> usize {
+    evict(map, pages, Cause::Pressure, |_, _| true)
 }
 
 /// Tries once to move each live page to system memory, until there is no memory for one. Returns

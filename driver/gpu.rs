@@ -22,8 +22,8 @@ use kernel::{prelude::*, sync::Arc};
 
 /// A device that is in use. `D` is, or owns, what it is bound to.
 ///
-/// The fields are dropped in their order, which is the teardown: no new files; no new calls, and
-/// wait for those that run; evict, unregister the pages and let go of the VRAM; and last the
+/// Executions come to an end first. Then the fields are dropped in their order, which is the teardown: no new files; no new calls,
+/// and wait for those that run; evict, unregister the pages and let go of the VRAM; and last the
 /// number.
 pub(crate) struct Gpu<D: Parent> {
     node: Option<Pin<KBox<Node<Client>>>>,
@@ -109,5 +109,12 @@ impl<D: Parent> Gpu<D> {
         }
         crate::fail_after(Step::Node)?;
         Ok(self)
+    }
+}
+
+impl<D: Parent> Drop for Gpu<D> {
+    fn drop(&mut self) {
+        // With calls being served still: one of them ends an execution.
+        self.memory.owner().lend().data().close_pools();
     }
 }

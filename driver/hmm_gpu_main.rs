@@ -17,6 +17,7 @@ mod devmem;
 mod dmirror;
 mod engine;
 mod evict;
+mod execution;
 mod fail;
 mod faults;
 mod gpu;
@@ -26,6 +27,7 @@ mod pci;
 mod phases;
 #[cfg(CONFIG_KASAN)]
 mod poison;
+mod pool;
 mod prefetch;
 mod radix;
 mod service;
@@ -66,6 +68,10 @@ module! {
         fair_share: u32 {
             default: 100,
             description: "Percent of an equal share of the VRAM that others do not take from a client before their own (0 to 100)",
+        },
+        pool_share: u32 {
+            default: 50,
+            description: "Percent of the VRAM that private pools may have together (0 to 100)",
         },
         fault_around: u32 {
             default: 64,

@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    bitmap::BLOCK_PAGES,
+    bitmap::{BLOCK_PAGES, SHARED},
     client::Seat,
     counters::{Counter, Counters},
     devmem::DeviceMemory,
@@ -128,6 +128,10 @@ pub(crate) fn move_to_system(
         };
         let memory = map.data();
         let owner = memory.alloc.usage().owner(index);
+        // Now that its entries are gone: an execution that has begun before may use them still.
+        if memory.user_of(index).is_some() {
+            continue;
+        }
         let folio = match spare.take_if(|spare| spare.order() == order) {
             Some(folio) => Ok(folio),
             None => new_folio(order, effort),
@@ -211,21 +215,34 @@ fn move_to_device(
     let mut phases = Phases::new(memory, &collected, cause, client);
     let mut outcome = Outcome::default();
     // What the kernel has in folios of other sizes, it has split.
-    let may_move = |source: &Source<'_, DeviceMemory>| {
-        let is_here =
-            matches!(source, Source::Device { map: from, .. } if core::ptr::eq(*from, map));
-        !is_here && [0, MAX_ORDER].contains(&source.order())
+    let usage = memory.alloc.usage();
+    let may_move = |source: &Source<'_, DeviceMemory>, is_own: bool| {
+        let stays = match source {
+            Source::Device {
+                map: from, index, ..
+            } => {
+                let is_here = core::ptr::eq(*from, map) && taker.has_here(usage, *index);
+                // Its entries are gone now, but an execution that has begun before may use them still.
+                is_here || from.data().user_of(*index).is_some()
+            }
+            _ => false,
+        };
+        // Who maps a pool writes to what is in it, past what the kernel allows: so that is nobody else's.
+        let may_come = is_own || taker.pool() == SHARED;
+        !stays && may_come && [0, MAX_ORDER].contains(&source.order())
     };
     let wanted = (0..collected.pages())
-        .filter_map(|i| collected.source(i))
-        .filter(|source| may_move(source) && source.order() == 0)
+        .filter_map(|i| Some((collected.source(i)?, collected.is_own(i))))
+        .filter(|(source, is_own)| may_move(source, *is_own) && source.order() == 0)
         .count();
     let room = room.get_mut(..wanted).unwrap_or_default();
     let got = memory.take(taker, 0, room);
     let mut taken = got;
     let mut indices = room.iter().take(got);
     for i in 0..collected.pages() {
-        let Some(source) = collected.source(i).filter(may_move) else {
+        let is_own = collected.is_own(i);
+        let source = collected.source(i).filter(|it| may_move(it, is_own));
+        let Some(source) = source else {
             continue;
         };
         let order = source.order();
@@ -487,7 +504,7 @@ impl<'a> Request<'a> {
         end: usize,
     ) -> usize {
         let pages = (end - start) / PAGE_BYTES;
-        let free = map.data().alloc.free();
+        let free = map.data().alloc.free_in(self.taker.pool());
         if self.target == Target::System || free >= pages || !self.may_move(vma) {
             return 0;
         }
@@ -670,11 +687,13 @@ impl<'a> Request<'a> {
         }
         for seen in seen.iter() {
             let pfn = seen.pfn();
+            let usage = map.data().alloc.usage();
             let index = pfn.and_then(|pfn| map.index_of(pfn));
+            let index = index.filter(|index| self.taker.has_here(usage, *index));
             let here = index.is_some();
             if let Some(index) = index.filter(|_| self.target == Target::Device) {
                 // So that it is not evicted for the rest.
-                map.data().alloc.usage().need(index, self.taker);
+                usage.need(index, self.taker);
             }
             let other = !here && pfn.is_some_and(|pfn| crate::units::of_pfn(pfn).is_some());
             found.other += usize::from(other);
@@ -712,6 +731,6 @@ fn next_batch<'a>(
 #[derive(Default)]
 struct Found {
     at_target: usize,
-    /// On a device that is not the client's.
+    /// On a device that is not the client's, or not in its pool.
     other: usize,
 }

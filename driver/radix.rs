@@ -157,6 +157,26 @@ impl<H: Home> Node<H> {
         cleared
     }
 
+    /// Whether there is an entry of `[start, end)`, which is inside what this node at `level` stands for.
+    fn has_any(&self, level: u32, start: usize, end: usize) -> bool {
+        if self.count == 0 {
+            return false;
+        }
+        // The last address, as in `clear`.
+        let mut slots = slot(level, start)..=slot(level, end - 1);
+        match &self.body {
+            Body::Leaf(entries) => {
+                slots.any(|slot| entries.get(slot).is_some_and(|entry| *entry != 0))
+            }
+            Body::Inner(_) => slots.any(|slot| {
+                let first = (start & !(span(level + 1) - 1)) + slot * span(level);
+                let (from, to) = (start.max(first), end.min(first + span(level)));
+                self.child(slot)
+                    .is_some_and(|child| child.has_any(level - 1, from, to))
+            }),
+        }
+    }
+
     /// Takes out the nodes below this one that are empty.
     fn compact(&mut self, store: &H::Store, retired: &mut Retired<H>) {
         let Body::Inner(children) = &mut self.body else {
@@ -406,6 +426,41 @@ impl<H: Home> Tree<H> {
         }
     }
 
+    /// Walks the device's copy as a device does, as far as it is what this one says: where it leads elsewhere, that fails with
+    /// `EIO`. `read` is given offsets of nodes of this tree only.
+    pub(crate) fn walk(
+        &self,
+        addr: usize,
+        mut read: impl FnMut(u64) -> Result<u64>,
+    ) -> Result<Walked> {
+        let mut level = self.levels;
+        let mut next = self.root.as_deref().filter(|_| self.covers(addr));
+        while let Some(node) = next {
+            level -= 1;
+            let slot = slot(level, addr);
+            // CAST: Widens.
+            let word = read(node.home.offset() + (slot * size_of::<u64>()) as u64)?;
+            if level == 0 {
+                return Ok(Walked::Entry(word));
+            }
+            next = node.child(slot);
+            let expected = next.map(|child| child.home.offset() | HMM_GPU_PTE_VALID);
+            let found = (word & HMM_GPU_PTE_VALID != 0).then_some(word);
+            if found != expected {
+                return Err(EIO);
+            }
+        }
+        Ok(Walked::NoNode)
+    }
+
+    /// Whether an entry of the pages in `[start, end)` is set.
+    pub(crate) fn has_any(&self, start: usize, end: usize) -> bool {
+        let top = self.levels - 1;
+        let end = end.min(span(top).saturating_mul(FANOUT));
+        let root = self.root.as_deref().filter(|_| start < end);
+        root.is_some_and(|root| root.has_any(top, start, end))
+    }
+
     /// Clears the entries of the pages in `[start, end)` and returns how many were set. Without a
     /// `store`, the device's copy stays as it is.
     pub(crate) fn clear(&mut self, start: usize, end: usize, store: Option<&H::Store>) -> usize {
@@ -480,7 +535,8 @@ pub(crate) enum Walked {
 }
 
 /// Walks a table as a device does: from the root at offset `root`, reading words by `read`, which
-/// is given their offsets in bytes.
+/// is given their offsets in bytes. Believes what it reads: for who is the device.
+#[cfg_attr(MODULE, allow(dead_code))]
 pub(crate) fn walk(
     root: u64,
     levels: u32,

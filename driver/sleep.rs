@@ -106,6 +106,8 @@ impl Sleeper for Sleepy {
                 Sleeper::wake(self);
                 return Err(EBUSY);
             }
+            // One may have begun just before.
+            memory.settle();
             if evict_once(&map) == 0 {
                 fsleep(Delta::from_millis(PAUSE_MS));
             }

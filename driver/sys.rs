@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Safe abstractions over what else the kernel crate lacks: memory that the CPU reaches VRAM
-//! through, PCI BARs, device nodes, sleep, sorting, trace events, work, and lending something that will be taken away.
+//! through, and that processes map, PCI BARs, device nodes, sleep, sorting, trace events, waiting, work, and lending something
+//! that will be taken away.
 
 pub(crate) mod gate;
 pub(crate) mod mapping;
@@ -10,6 +11,8 @@ pub(crate) mod pci;
 pub(crate) mod sleep;
 pub(crate) mod sort;
 pub(crate) mod trace;
+pub(crate) mod user_map;
+pub(crate) mod wait;
 pub(crate) mod work;
 
 /// The kernel's own, as bindgen gives them: those of the kernel crate, and those that it lacks.

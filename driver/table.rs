@@ -6,11 +6,13 @@
 
 use crate::{
     advice::Advices,
+    bitmap::SHARED,
     client::MemoryGate,
     devmem::DeviceMemory,
     evict::make_room,
     fail::Step,
     hmm::{mirror::Table, pagemap::PageMap, PAGE_BYTES},
+    pool::Private,
     radix::Home,
     sys::mapping::{Mapping, Written},
     usage::Taker,
@@ -52,6 +54,7 @@ impl Drop for TablePage {
 }
 
 impl Table for DeviceMemory {
+    type Own = Private;
     type Notes = Advices;
     type Home = TablePage;
 
@@ -67,11 +70,16 @@ impl Table for DeviceMemory {
         self.sleep.epoch()
     }
 
-    fn home(gate: &Arc<MemoryGate>, map: &PageMap<Self>) -> Result<TablePage> {
+    fn home(
+        gate: &Arc<MemoryGate>,
+        map: &PageMap<Self>,
+        own: Option<&Private>,
+    ) -> Result<TablePage> {
         let memory = map.data();
+        let taker = Taker::table(own.map_or(SHARED, Private::pool));
         let mut index = [0];
-        let mut take = || memory.take(Taker::TABLE, 0, &mut index) == 1;
-        let taken = take() || (make_room(map, Taker::TABLE, 1) && take());
+        let mut take = || memory.take(taker, 0, &mut index) == 1;
+        let taken = take() || (make_room(map, taker, 1) && take());
         if !taken {
             memory.counters.vram_failures.add(1);
             return Err(ENOSPC);

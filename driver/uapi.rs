@@ -37,7 +37,7 @@ pub const HMM_GPU_MIGRATE: u32 = 0xC050_E801;
 /// `RESIDENCY`: tells where each page of a range is. Moves nothing.
 pub const HMM_GPU_RESIDENCY: u32 = 0xC030_E802;
 /// `COUNTERS`: what the device has done since it was bound.
-pub const HMM_GPU_COUNTERS: u32 = 0xC158_E803;
+pub const HMM_GPU_COUNTERS: u32 = 0xC178_E803;
 /// `MIRROR`: describes the file's device page table. Since version 2.
 pub const HMM_GPU_MIRROR: u32 = 0xC050_E804;
 /// `ACCESS`: the device reads, writes or copies at process addresses. Since version 2.
@@ -53,6 +53,10 @@ pub const HMM_GPU_ATOMIC: u32 = 0xC050_E808;
 /// `ADVISE`: says what is known of a range, for where its pages are to be. Since version 4.
 pub const HMM_GPU_ADVISE: u32 = 0xC030_E809;
 
+/// `POOL`: makes a private pool, which can be mapped. Since version 5.
+pub const HMM_GPU_POOL: u32 = 0xC030_E80A;
+/// `EXECUTE`: begins and ends executions. Since version 5.
+pub const HMM_GPU_EXECUTE: u32 = 0xC030_E80B;
 /// `PREFETCH`: queues a move, of which `read(2)` says when it has ended. Since version 5.
 pub const HMM_GPU_PREFETCH: u32 = 0xC030_E80C;
 
@@ -75,6 +79,9 @@ pub const HMM_GPU_CAP_PREFETCH: u64 = 0x1000;
 /// The CPU reaches the VRAM where it is (`MEMORY_DEVICE_COHERENT`): pages do not come back when it
 /// touches them.
 pub const HMM_GPU_CAP_COHERENT: u64 = 0x40;
+
+/// `POOL` and `EXECUTE` are there, and `mmap`.
+pub const HMM_GPU_CAP_POOL: u64 = 0x100;
 
 /// The VRAM is system memory that stands in for a GPU's.
 pub const HMM_GPU_SOURCE_SOFT: u32 = 1;
@@ -322,6 +329,15 @@ pub struct hmm_gpu_counters {
     pub fault_failures: u64,
     /// CPU faults that ended with an error: no system memory, or the device is gone.
     pub cpu_fault_failures: u64,
+    /// Pages in private pools, used or not.
+    pub private_pages: u64,
+    /// Those of them that are free and cannot be used: given back while an execution was on, or of a pool that is gone with something in it
+    /// that is pinned.
+    pub quarantined_pages: u64,
+    /// Executions that were begun.
+    pub executions: u64,
+    /// Those of them that were lost.
+    pub executions_lost: u64,
 }
 
 /// The entry is there. For a device page table's inner nodes: the offset is that of the next node.
@@ -671,6 +687,90 @@ pub struct hmm_gpu_advise {
     /// In: must be zero.
     pub reserved: [u64; 2],
 }
+
+/// Makes the file's private pool: blocks of VRAM in a row. From then on all pages that the file's calls bring to the device, and all nodes of
+/// its device page table, are in there, and nothing else is; its entries name places in there only.
+///
+/// What was there before leaves it, and it is zeroed. It stays the file's until that is closed, which is not before its last mapping is gone;
+/// then it is zeroed, where nothing is any more, and goes to others when nothing of it is pinned.
+///
+/// `mmap(2)` with MAP_SHARED and an offset of `offset` or more maps the pool, or a part of it, in the address space that opened the file:
+/// byte `n` of the VRAM is byte `n` of the file. It is not inherited by `fork`. Memory of a soft device can be pinned, that of a PCI device
+/// cannot. After the device is unbound, touching it is `SIGBUS`. Errors of `mmap`: `ENXIO` (no private pool, or not inside it), `EINVAL`
+/// (MAP_PRIVATE, or the file is not open for writing), `EPERM` (another address space, PROT_EXEC), `ENODEV`.
+///
+/// Only pages of the address space alone come into a private pool: those that are mapped writable there. What it shares copy-on-write with
+/// others, and what it may only read, stays where it is, and `MIGRATE` counts it as skipped.
+///
+/// Errors: `EINVAL` (zero bytes or not a multiple of 2 MiB, flag or reserved field not zero), `EEXIST` (the file has a pool), `EBUSY` (the file
+/// has taken VRAM already, or its pool is being made), `ENOSPC` (more than the module parameter `pool_share` lets private pools have together, more than 64
+/// pools, or no blocks in a row could be emptied), `EOPNOTSUPP` (device-coherent memory), `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_pool {
+    /// In: must be zero.
+    pub flags: u64,
+    /// In: its size in bytes, a multiple of 2 MiB, not zero.
+    pub bytes: u64,
+    /// Out: where in the VRAM it begins, in bytes; a multiple of 2 MiB.
+    pub offset: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 3],
+}
+
+/// Begins an execution.
+pub const HMM_GPU_EXECUTE_BEGIN: u32 = 0;
+/// Ends it.
+pub const HMM_GPU_EXECUTE_END: u32 = 1;
+/// Tells what has become of it.
+pub const HMM_GPU_EXECUTE_QUERY: u32 = 2;
+
+/// The latest deadline of an execution, in milliseconds from its beginning.
+pub const HMM_GPU_MAX_DEADLINE_MS: u32 = 10000;
+
+/// It has ended, and everybody has waited for it who had to.
+pub const HMM_GPU_EXECUTION_ENDED: u32 = 0;
+/// It runs.
+pub const HMM_GPU_EXECUTION_RUNNING: u32 = 1;
+/// Its deadline has passed while somebody waited for it, or who waited was killed: what it wrote since may be lost, or seen by a forked child.
+pub const HMM_GPU_EXECUTION_LOST: u32 = 2;
+
+/// Begins or ends an execution: a stretch of time in which GPU work may use the file's private pool, and any entry that its device page table
+/// has had in it. One at a time.
+///
+/// Meanwhile no page leaves the pool, and what is freed there is not used again. What unmaps memory does not wait. `fork`, `mprotect` of what
+/// is mapped for the device, a touch of a page in the pool by the CPU (at its address, not in the mapping), unbind and sleep wait for the end, at
+/// most until the deadline: then the execution is lost, and they go on. Nobody who only can make room waits: a full pool is `ENOSPC`.
+///
+/// `BEGIN` waits until nobody changes the address space. `END` does not; but what it is called with must not be in VRAM. Closing
+/// the file ends an execution too.
+///
+/// Errors: `EINVAL` (unknown operation or flag, a deadline that is not from 1 to [`HMM_GPU_MAX_DEADLINE_MS`] with `BEGIN`, or not 0 without,
+/// reserved field not zero), `ENXIO` (the file has no private pool), `EBUSY` (one runs), `ESRCH` (no such execution, or it has ended), `EINTR`, `ENODEV`,
+/// `EPERM`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_execute {
+    /// In: `HMM_GPU_EXECUTE_*`.
+    pub op: u32,
+    /// In: must be zero.
+    pub flags: u32,
+    /// In: with `BEGIN`, how long others wait for it at most, in milliseconds from now; zero otherwise.
+    pub deadline_ms: u32,
+    /// Out: `HMM_GPU_EXECUTION_*`.
+    pub state: u32,
+    /// Its number. Out of `BEGIN`, in of the others.
+    pub id: u64,
+    /// In: must be zero.
+    pub reserved: [u64; 3],
+}
+
+const _: () = assert!(HMM_GPU_POOL == iowr(10, size_of::<hmm_gpu_pool>()));
+const _: () = assert!(HMM_GPU_EXECUTE == iowr(11, size_of::<hmm_gpu_execute>()));
 
 /// The most moves that a file may have queued, under way, or ended and not read.
 pub const HMM_GPU_MAX_PREFETCHES: u32 = 64;

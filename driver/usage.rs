@@ -8,7 +8,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::bitmap::BLOCK_PAGES;
+use crate::bitmap::{BLOCK_PAGES, SHARED};
 use kernel::{
     prelude::*,
     sync::atomic::{Acquire, Atomic, Full, Relaxed, Release},
@@ -28,23 +28,57 @@ const CROWD: i16 = ACCOUNTS as i16 - 1;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Taker {
     account: i16,
+    pool: u16,
     turn: u32,
 }
 
 impl Taker {
-    /// For a device page table.
-    pub(crate) const TABLE: Self = Self {
-        account: TABLES,
-        turn: 0,
-    };
+    /// For a device page table, from a pool.
+    pub(crate) const fn table(pool: u16) -> Self {
+        Self {
+            account: TABLES,
+            pool,
+            turn: 0,
+        }
+    }
+
+    /// The pool from which it is.
+    pub(crate) fn pool(self) -> u16 {
+        self.pool
+    }
+
+    /// Whether what is on page `index` need not move to be where the taker wants it.
+    pub(crate) fn has_here(self, usage: &Usage, index: usize) -> bool {
+        self.pool == SHARED || usage.pool_of(index) == self.pool
+    }
 }
 
 /// What a client has of a device's VRAM. It is closed, not dropped: its pages outlive it.
-pub(crate) struct Account(i16);
+pub(crate) struct Account {
+    number: i16,
+    /// The pool that it takes from.
+    pool: Atomic<u32>,
+}
+
+impl Account {
+    fn new(number: i16) -> Self {
+        Self {
+            number,
+            pool: Atomic::new(SHARED.into()),
+        }
+    }
+
+    /// Whether it is not shared with others.
+    fn is_own(&self) -> bool {
+        self.number != CROWD
+    }
+}
 
 /// One account.
 struct Entry {
     open: Atomic<bool>,
+    /// It takes from a pool of its own.
+    private: Atomic<bool>,
     /// In pages.
     used: Atomic<usize>,
 }
@@ -57,6 +91,8 @@ struct Block {
     account: Atomic<i16>,
     /// Pages that are in use and can move.
     movable: Atomic<u32>,
+    /// The pool that it belongs to.
+    pool: Atomic<u32>,
 }
 
 /// A page of VRAM.
@@ -74,6 +110,8 @@ pub(crate) struct Usage {
     entries: KVec<Entry>,
     blocks: KVVec<Block>,
     pages: KVVec<Page>,
+    /// Blocks in private pools.
+    private: Atomic<usize>,
 }
 
 impl Taker {
@@ -86,7 +124,7 @@ impl Taker {
 impl Account {
     /// The number of the account, and whether it is this one's alone.
     pub(crate) fn number(&self) -> (i16, bool) {
-        (self.0, self.0 != CROWD)
+        (self.number, self.number != CROWD)
     }
 }
 
@@ -110,6 +148,7 @@ impl Usage {
         for _ in 0..ACCOUNTS {
             let entry = Entry {
                 open: Atomic::new(false),
+                private: Atomic::new(false),
                 used: Atomic::new(0),
             };
             entries.push(entry, GFP_KERNEL)?;
@@ -120,6 +159,7 @@ impl Usage {
                 turn: Atomic::new(0),
                 account: Atomic::new(TABLES),
                 movable: Atomic::new(0),
+                pool: Atomic::new(SHARED.into()),
             };
             blocks.push(block, GFP_KERNEL)?;
         }
@@ -136,6 +176,7 @@ impl Usage {
             entries,
             blocks,
             pages,
+            private: Atomic::new(0),
         })
     }
 
@@ -153,18 +194,72 @@ impl Usage {
                 continue;
             }
             if entry.used.load(Relaxed) == 0 {
+                entry.private.store(false, Relaxed);
                 // CAST: Less than `ACCOUNTS`.
-                return Account(i as i16);
+                return Account::new(i as i16);
             }
             // Somebody is gone whose pages are not.
             entry.open.store(false, Release);
         }
-        Account(CROWD)
+        Account::new(CROWD)
+    }
+
+    /// Has an account that has nothing take from `pool` from now on. Fails with `EBUSY` if it has something.
+    pub(crate) fn set_pool(&self, account: &Account, pool: u16) -> Result {
+        if let Some(entry) = self.entry(account.number).filter(|_| account.is_own()) {
+            if entry.used.load(Relaxed) > 0 {
+                return Err(EBUSY);
+            }
+            entry.private.store(pool != SHARED, Relaxed);
+        }
+        account.pool.store(pool.into(), Release);
+        Ok(())
+    }
+
+    /// Has an account take from the shared pool from now on.
+    pub(crate) fn leave_pool(&self, account: &Account) {
+        if let Some(entry) = self.entry(account.number).filter(|_| account.is_own()) {
+            entry.private.store(false, Relaxed);
+        }
+        account.pool.store(SHARED.into(), Release);
+    }
+
+    /// Block `block` is one of `pool` now.
+    pub(crate) fn move_block(&self, block: usize, pool: u16) {
+        let Some(block) = self.blocks.get(block) else {
+            return;
+        };
+        let was_shared = block.pool.xchg(pool.into(), Full) == u32::from(SHARED);
+        if was_shared && pool != SHARED {
+            self.private.add(1, Relaxed);
+        }
+        if !was_shared && pool == SHARED {
+            self.private.fetch_sub(1, Relaxed);
+        }
+    }
+
+    /// The pool that page `index` is of.
+    pub(crate) fn pool_of(&self, index: usize) -> u16 {
+        let block = self.blocks.get(index / BLOCK_PAGES);
+        // CAST: It was one.
+        block.map_or(SHARED, |block| block.pool.load(Acquire) as u16)
+    }
+
+    /// How many pages are in private pools.
+    pub(crate) fn private(&self) -> usize {
+        self.private.load(Relaxed) * BLOCK_PAGES
+    }
+
+    /// How many pages of block `block` are in use and can move.
+    pub(crate) fn movable(&self, block: usize) -> usize {
+        let block = self.blocks.get(block);
+        // CAST: Widens.
+        block.map_or(0, |block| block.movable.load(Acquire) as usize)
     }
 
     /// Closes an account.
     pub(crate) fn close(&self, account: &Account) {
-        if let Some(entry) = self.entry(account.0) {
+        if let Some(entry) = self.entry(account.number) {
             entry.open.store(false, Release);
         }
     }
@@ -172,7 +267,9 @@ impl Usage {
     /// A new turn of the owner of an account.
     pub(crate) fn turn(&self, account: &Account) -> Taker {
         Taker {
-            account: account.0,
+            account: account.number,
+            // CAST: It was one.
+            pool: account.pool.load(Acquire) as u16,
             turn: self.clock.fetch_add(2, Relaxed).wrapping_add(2),
         }
     }
@@ -191,7 +288,7 @@ impl Usage {
         if let Some(entry) = self.entry(taker.account) {
             entry.used.add(pages, Relaxed);
         }
-        if taker == Taker::TABLE {
+        if taker.account == TABLES {
             return;
         }
         if let Some(block) = self.blocks.get(index / BLOCK_PAGES) {
@@ -264,7 +361,7 @@ impl Usage {
 
     /// The block whose pages are to go when `taker` needs room: the one that was not used for the longest
     /// time, of those that belong to the taker itself or to who has more than a fair share. If there is none,
-    /// of all.
+    /// of all. It is one of the taker's pool.
     ///
     /// Nothing that is needed in this turn is to go: so at last it is a block of which only some pages are.
     /// `None` if there is nothing else.
@@ -281,9 +378,15 @@ impl Usage {
                 page.account.load(Relaxed) != TABLES && page.turn.load(Relaxed) != taker.turn
             })
         };
+        let last = || {
+            let blocks = self.pages.chunks(BLOCK_PAGES).zip(self.blocks.iter());
+            blocks
+                .map(|(pages, block)| (pages, block.pool.load(Relaxed) == taker.pool.into()))
+                .position(|(pages, in_pool)| in_pool && partly(pages))
+        };
         self.oldest(taker, over)
             .or_else(|| self.oldest(taker, |_| true))
-            .or_else(|| self.pages.chunks(BLOCK_PAGES).position(partly))
+            .or_else(last)
     }
 
     fn oldest(&self, taker: Taker, may_go: impl Fn(i16) -> bool) -> Option<usize> {
@@ -291,6 +394,7 @@ impl Usage {
         self.blocks
             .iter()
             .enumerate()
+            .filter(|(_, block)| block.pool.load(Relaxed) == taker.pool.into())
             .filter(|(_, block)| block.movable.load(Acquire) > 0)
             .filter(|(_, block)| block.turn.load(Relaxed) != taker.turn)
             .filter(|(_, block)| may_go(block.account.load(Relaxed)))
@@ -298,15 +402,16 @@ impl Usage {
             .map(|(i, _)| i)
     }
 
-    /// The fair share of each who has some, or wants some, in pages.
+    /// The fair share of the shared pool of each who has some, or wants some, in pages.
     fn share(&self, taker: Taker) -> usize {
         // CAST: Widens.
         let percent = crate::module_parameters::fair_share.value() as usize;
         let entries = (0i16..).zip(self.entries.iter()).skip(1);
         let active = entries
+            .filter(|(_, entry)| !entry.private.load(Relaxed))
             .filter(|(i, entry)| *i == taker.account || entry.used.load(Relaxed) > 0)
             .count();
-        self.pages.len() / active.max(1) * percent.min(100) / 100
+        self.pages.len().saturating_sub(self.private()) / active.max(1) * percent.min(100) / 100
     }
 
     /// A block could not be emptied: others are tried before it is again.

@@ -32,6 +32,7 @@ use kernel::{
 const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
 const MIGRATE: usize = bindings::MIGRATE_PFN_MIGRATE as usize;
 const COMPOUND: usize = bindings::MIGRATE_PFN_COMPOUND as usize;
+const WRITE: usize = bindings::MIGRATE_PFN_WRITE as usize;
 const SHIFT: u32 = bindings::MIGRATE_PFN_SHIFT;
 
 const SELECT_SYSTEM: c_ulong = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM as c_ulong;
@@ -390,6 +391,13 @@ impl<'a, T: Ops> Collected<'a, T> {
         self.state.source(i)
     }
 
+    /// Whether what is at page `i` is the address space's own: nothing is there yet, or it was mapped writable, which a page that
+    /// others share copy-on-write never is.
+    pub(crate) fn is_own(&self, i: usize) -> bool {
+        let entry = self.state.entries.src.get(i).copied().unwrap_or(VALID);
+        pfn_of(entry).is_none() || entry & WRITE != 0
+    }
+
     /// Has page `i`, and the rest of its folio, move into `folio`.
     ///
     /// The folio is given back if nothing may move at `i`, if it has a destination already, or if
@@ -554,6 +562,29 @@ impl<'a, T: Ops> Fault<'a, T> {
             FaultOutcome::Later(Later(()))
         } else {
             FaultOutcome::NoMemory
+        }
+    }
+
+    /// Has the fault be taken again after `wait`, during which the page is not locked, and the mmap lock not held, if the fault
+    /// may let go of it. One that must not wait does not.
+    pub(crate) fn wait(self, wait: impl FnOnce()) -> FaultOutcome {
+        // SAFETY: By the type invariants.
+        if unsafe { bindings::hmm_gpu_fault_nowait(self.vmf) } {
+            return self.come_again();
+        }
+        // SAFETY: As in `come_again`: of what the fault names, only its page is used from here on. That is unlocked for others
+        // and locked again, while the fault has a reference to it.
+        let unlocked = unsafe {
+            let unlocked = bindings::hmm_gpu_fault_retry(self.vmf);
+            bindings::hmm_gpu_fault_unlock(self.vmf);
+            wait();
+            bindings::hmm_gpu_fault_lock(self.vmf);
+            unlocked
+        };
+        if unlocked {
+            FaultOutcome::Later(Later(()))
+        } else {
+            FaultOutcome::Retry
         }
     }
 

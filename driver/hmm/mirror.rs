@@ -32,6 +32,7 @@ use crate::{
     },
     uapi::{HMM_GPU_PTE_EXCLUSIVE, HMM_GPU_PTE_SYSTEM, HMM_GPU_PTE_VALID, HMM_GPU_PTE_WRITABLE},
 };
+use core::ops::Range;
 use kernel::{
     error::to_result,
     mm::MmWithUser,
@@ -39,13 +40,29 @@ use kernel::{
     prelude::*,
     sync::{
         lock::{mutex::MutexBackend, Guard},
-        Arc, Mutex,
+        Arc, Mutex, SetOnce,
     },
     types::Opaque,
 };
 
+/// A part of the device's memory that a mirror has to itself, and what the device may be doing there without asking anybody.
+pub(crate) trait Own: Send + Sync + 'static {
+    /// Which pages that is.
+    fn pages(&self) -> Range<usize>;
+
+    /// Whether the device may use entries that are gone.
+    fn is_busy(&self) -> bool;
+
+    /// Waits until it does not, for a time that is bounded. Called with the mmap lock held for writing, by who has taken it for
+    /// `fork` or `mprotect`, and with no other lock.
+    fn settle(&self);
+}
+
 /// What a device that has mirrors does for them.
 pub(crate) trait Table: Ops {
+    /// What a mirror may have to itself.
+    type Own: Own;
+
     /// What else is kept of an address space, under the mirror's lock.
     type Notes: Default + Send + Unpin + 'static;
 
@@ -61,8 +78,12 @@ pub(crate) trait Table: Ops {
     /// Changes when what is in the device's memory is lost; odd as long as none can be used.
     fn epoch(&self) -> u64;
 
-    /// A home for a node: a page of the device's memory, all zero.
-    fn home(gate: &Arc<Gate<PageMap<Self>>>, map: &PageMap<Self>) -> Result<Self::Home>;
+    /// A home for a node: a page of the device's memory, all zero. Of what the mirror has to itself, if it does.
+    fn home(
+        gate: &Arc<Gate<PageMap<Self>>>,
+        map: &PageMap<Self>,
+        own: Option<&Self::Own>,
+    ) -> Result<Self::Home>;
 
     /// An entry is about to be made. What this fails with is why it is not.
     fn may_map(&self) -> Result;
@@ -91,6 +112,8 @@ struct State<T: Table> {
     invalidations: u64,
     /// Entries that were made.
     mapped: u64,
+    /// Entries have gone while the device may have been using them, and nobody waited for it.
+    strays: bool,
     notes: T::Notes,
 }
 
@@ -125,6 +148,8 @@ pub(crate) struct Mirror<T: Table> {
     #[pin]
     raw: Opaque<bindings::mmu_interval_notifier>,
     gate: Arc<Gate<PageMap<T>>>,
+    /// What of the device's memory is its own: then it has entries for that only, and nodes in that only.
+    own: SetOnce<Arc<T::Own>>,
     #[pin]
     state: Mutex<State<T>>,
 }
@@ -197,6 +222,7 @@ impl<T: Table> Mirror<T> {
     ) -> impl PinInit<Self, Error> + '_ {
         try_pin_init!(Self {
             gate,
+            own: SetOnce::new(),
             state <- new_mutex!(State {
                 tree: Tree::new(user_end()),
                 epoch: 0,
@@ -204,6 +230,7 @@ impl<T: Table> Mirror<T> {
                 taken: 0,
                 invalidations: 0,
                 mapped: 0,
+                strays: false,
                 notes: T::Notes::default(),
             }),
             // Last, since from here on the kernel calls. There are no entries yet.
@@ -243,6 +270,16 @@ impl<T: Table> Mirror<T> {
                 ),
             )
         };
+        // SAFETY: The range is valid for the call, and so is its address space.
+        let (event, writer) = unsafe {
+            let writer = blockable && bindings::hmm_gpu_holds_mmap_lock((*range).mm);
+            ((*range).event, writer)
+        };
+        if let Some(own) = this.own.as_ref().filter(|own| writer && own.is_busy()) {
+            if this.has_to_settle(event, start, end) {
+                own.settle();
+            }
+        }
         // From `exclusive` of this mirror, which has to know of everything else that changes meanwhile.
         // SAFETY: The range is valid for the call.
         let own = unsafe {
@@ -277,6 +314,8 @@ impl<T: Table> Mirror<T> {
             (state.tree.clear(start, end, store), None)
         };
         if cleared > 0 {
+            let busy = this.own.as_ref().is_some_and(|own| own.is_busy());
+            state.strays |= busy && !unmap;
             state.invalidations += 1;
             if let Some(map) = &map {
                 map.data().invalidated();
@@ -291,6 +330,42 @@ impl<T: Table> Mirror<T> {
         // Not under the lock. This frees memory and takes spinlocks, as may be done anywhere.
         drop(retired);
         true
+    }
+
+    /// Whether the device has to come to rest before an event, of who holds the mmap lock for writing: because it may write to what
+    /// is to be shared (`fork`), or to be read only.
+    fn has_to_settle(&self, event: bindings::mmu_notifier_event, start: usize, end: usize) -> bool {
+        match event {
+            // Only `fork` does this with the lock. It waits before it has shared anything: later, who is to bring the device to
+            // rest might touch what is shared by then, and would have to wait for it in turn.
+            bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_PAGE => true,
+            bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_VMA => {
+                let state = self.state.lock();
+                state.strays || state.tree.has_any(start, end)
+            }
+            _ => false,
+        }
+    }
+
+    /// Has the mirror have a part of the device's memory to itself. Fails with `EBUSY` if it has nodes elsewhere.
+    pub(crate) fn set_own(&self, own: Arc<T::Own>) -> Result {
+        let state = self.state.lock();
+        if state.tree.nodes() > 0 || !self.own.populate(own) {
+            return Err(EBUSY);
+        }
+        Ok(())
+    }
+
+    /// The device begins to use what the table says, without asking: `then` says so, under the lock.
+    pub(crate) fn begin_use<R>(&self, then: impl FnOnce() -> R) -> R {
+        let mut state = self.state.lock();
+        state.strays = false;
+        then()
+    }
+
+    /// What the device's entry says for an entry of the tree.
+    fn word(&self, map: &PageMap<T>, entry: Seen) -> u64 {
+        word(map, self.own.as_ref().map(|own| own.pages()), entry)
     }
 
     /// Takes the lock, to use the tree.
@@ -492,9 +567,10 @@ impl<T: Table> Mirror<T> {
     /// Fails with `EAGAIN` as long as the device's memory cannot be used, with `ENOMEM`, and as
     /// [`Table::home`].
     pub(crate) fn root(&self, map: &PageMap<T>) -> Result {
-        let (root, epoch, levels) = {
+        let (root, epoch, levels, own) = {
             let state = self.lock(map)?;
-            (state.tree.root(), state.epoch, state.tree.levels())
+            let own = self.own.as_ref();
+            (state.tree.root(), state.epoch, state.tree.levels(), own)
         };
         if root.is_some() {
             return Ok(());
@@ -502,10 +578,10 @@ impl<T: Table> Mirror<T> {
         if epoch % 2 != 0 {
             return Err(EAGAIN);
         }
-        let home = T::home(&self.gate, map)?;
+        let home = T::home(&self.gate, map, own.map(|own| &**own))?;
         let node = Node::new(home, levels - 1, GFP_KERNEL_ACCOUNT)?;
         let mut state = self.lock(map)?;
-        if state.epoch != epoch {
+        if state.epoch != epoch || self.own.as_ref().is_some() != own.is_some() {
             return Err(EAGAIN);
         }
         state.tree.plant(node, map.data().store());
@@ -520,10 +596,11 @@ impl<T: Table> Mirror<T> {
         // What was cleared leaves empty nodes, for what comes back. So many of them.
         const EMPTY_NODES: usize = 64;
 
-        let (missing, epoch, retired) = {
+        let (missing, epoch, own, retired) = {
             let mut state = self.lock(map)?;
             let retired = state.tree.compact(EMPTY_NODES, map.data().store());
-            (state.tree.missing(addr), state.epoch, retired)
+            let own = self.own.as_ref();
+            (state.tree.missing(addr), state.epoch, own, retired)
         };
         Written::wait();
         drop(retired);
@@ -533,10 +610,13 @@ impl<T: Table> Mirror<T> {
         if epoch % 2 != 0 {
             return Err(EAGAIN);
         }
-        let mut spare = Spare::new(missing, GFP_KERNEL_ACCOUNT, || T::home(&self.gate, map))?;
+        let mut spare = Spare::new(missing, GFP_KERNEL_ACCOUNT, || {
+            T::home(&self.gate, map, own.map(|own| &**own))
+        })?;
         let mut state = self.lock(map)?;
+        let same = state.epoch == epoch && self.own.as_ref().is_some() == own.is_some();
         // What was made may have been lost, or be too little by now: then the caller comes again.
-        if state.epoch == epoch && state.tree.missing(addr) <= missing {
+        if same && state.tree.missing(addr) <= missing {
             state.tree.grow(addr, &mut spare, map.data().store())?;
         }
         // Before what was not needed is given back.
@@ -586,7 +666,7 @@ impl<T: Table> Mirror<T> {
                 let allowed = if read_only { VALID } else { VALID | WRITE };
                 // INVARIANT: As just seen, or less; `prepare_page` checks the rest.
                 let entry = Seen(seen.0 & allowed | pfn);
-                let word = word(map, entry);
+                let word = self.word(map, entry);
                 // SAFETY: What was seen is true, so the page is mapped and cannot go while the lock
                 // is held.
                 match unsafe { prepare_page(word, pfn) } {
@@ -646,8 +726,9 @@ impl<T: Table> Mirror<T> {
     }
 }
 
-/// What the device's entry says for an entry of the tree: a page of system memory, or of `map`.
-fn word<T: Ops>(map: &PageMap<T>, entry: Seen) -> u64 {
+/// What the device's entry says for an entry of the tree: a page of system memory, or of `map`. For who reaches `own` of it only, all
+/// else is as system memory is.
+fn word<T: Ops>(map: &PageMap<T>, own: Option<Range<usize>>, entry: Seen) -> u64 {
     let access = if entry.is_writable() {
         HMM_GPU_PTE_VALID | HMM_GPU_PTE_WRITABLE
     } else if entry.is_exclusive() {
@@ -655,7 +736,8 @@ fn word<T: Ops>(map: &PageMap<T>, entry: Seen) -> u64 {
     } else {
         HMM_GPU_PTE_VALID
     };
-    match map.index_of(entry.0 & !FLAGS) {
+    let index = map.index_of(entry.0 & !FLAGS);
+    match index.filter(|index| own.is_none_or(|own| own.contains(index))) {
         // CAST: Widens.
         Some(index) => access | (index * PAGE_BYTES) as u64,
         None => access | HMM_GPU_PTE_SYSTEM,

@@ -65,6 +65,9 @@ pub(crate) trait Ops: Send + Sync + Sized + 'static {
     /// The CPU touched a page of `map`: bring it to system memory.
     fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome;
 
+    /// The map has been closed, and nobody is lent it any more. Called once, before anything is evicted for that.
+    fn closed(map: &PageMap<Self>);
+
     /// Moves live pages to system memory, as the map has been closed: called again until
     /// [`PageMap::live_folios`] yields nothing.
     fn evict_all(map: &PageMap<Self>);
@@ -491,6 +494,7 @@ unsafe impl<D: Parent, T: Ops> Lend for Registered<D, T> {
 impl<D: Parent, T: Ops> Drop for Registered<D, T> {
     fn drop(&mut self) {
         self.closing();
+        T::closed(&self.map);
         while self.map.live_folios(0..self.map.pages()).next().is_some() {
             T::evict_all(&self.map);
         }

@@ -21,6 +21,7 @@
 #include <linux/pci.h>
 #include <linux/suspend.h>
 #include <linux/vmalloc.h>
+#include <linux/wait.h>
 
 /* pages and folios */
 void *hmm_gpu_pfn_address(unsigned long pfn);
@@ -61,8 +62,25 @@ void hmm_gpu_release_mem_region(struct device *dev, resource_size_t start, resou
 bool hmm_gpu_is_pagemap(unsigned long pfn);
 bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size);
 
+/* memory that processes map */
+void hmm_gpu_vma_set_up(struct vm_area_struct *vma, bool registers);
+vm_fault_t hmm_gpu_insert(struct vm_fault *vmf, unsigned long pfn, bool registers);
+struct address_space *hmm_gpu_mapping_get(struct file *file);
+void hmm_gpu_mapping_put(struct address_space *mapping);
+unsigned long hmm_gpu_vmalloc_pfn(const void *address);
+int hmm_gpu_vmalloc_refs(const void *address);
+
+/* waiting */
+void hmm_gpu_init_waitqueue(struct wait_queue_head *queue);
+void hmm_gpu_wake_all(struct wait_queue_head *queue);
+bool hmm_gpu_wait_while(struct wait_queue_head *queue, const u32 *word, u32 value, u64 ns, bool killable);
+
 /* address spaces */
+bool hmm_gpu_holds_mmap_lock(struct mm_struct *mm);
 bool hmm_gpu_fault_retry(struct vm_fault *vmf);
+bool hmm_gpu_fault_nowait(const struct vm_fault *vmf);
+void hmm_gpu_fault_unlock(struct vm_fault *vmf);
+void hmm_gpu_fault_lock(struct vm_fault *vmf);
 size_t hmm_gpu_all_mms(struct mm_struct **mms, size_t room);
 bool hmm_gpu_vma_is_anonymous(const struct vm_area_struct *vma);
 bool hmm_gpu_vma_may_migrate(const struct vm_area_struct *vma);

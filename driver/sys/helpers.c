@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 
+#include <linux/fs.h>
 #include <linux/hugetlb.h>
 #include <linux/pagemap.h>
 #include <linux/rmap.h>
@@ -260,6 +261,76 @@ bool hmm_gpu_overlaps_system_ram(resource_size_t start, size_t size)
 	return region_intersects(start, size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) != REGION_DISJOINT;
 }
 
+void hmm_gpu_vma_set_up(struct vm_area_struct *vma, bool registers)
+{
+	/* With VM_MIXEDMAP and VM_PFNMAP, MADV_DOFORK does not take VM_DONTCOPY away. */
+	vm_flags_set(vma, VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP | (registers ? VM_IO | VM_PFNMAP : VM_MIXEDMAP));
+	if (registers)
+		vma->vm_page_prot = pgprot_writecombine(vma->vm_page_prot);
+}
+
+vm_fault_t hmm_gpu_insert(struct vm_fault *vmf, unsigned long pfn, bool registers)
+{
+	if (registers)
+		return vmf_insert_pfn(vmf->vma, vmf->address, pfn);
+	return vmf_insert_page_mkwrite(vmf, pfn_to_page(pfn), vmf->flags & FAULT_FLAG_WRITE);
+}
+
+struct address_space *hmm_gpu_mapping_get(struct file *file)
+{
+	ihold(file->f_mapping->host);
+	return file->f_mapping;
+}
+
+void hmm_gpu_mapping_put(struct address_space *mapping)
+{
+	iput(mapping->host);
+}
+
+unsigned long hmm_gpu_vmalloc_pfn(const void *address)
+{
+	return vmalloc_to_pfn(address);
+}
+
+/* One is vmalloc's own. */
+int hmm_gpu_vmalloc_refs(const void *address)
+{
+	return page_count(vmalloc_to_page(address)) - 1;
+}
+
+void hmm_gpu_init_waitqueue(struct wait_queue_head *queue)
+{
+	init_waitqueue_head(queue);
+}
+
+void hmm_gpu_wake_all(struct wait_queue_head *queue)
+{
+	wake_up_all(queue);
+}
+
+/* Whether the task was killed. */
+bool hmm_gpu_wait_while(struct wait_queue_head *queue, const u32 *word, u32 value, u64 ns, bool killable)
+{
+	unsigned long timeout = nsecs_to_jiffies(ns) + 1;
+
+	if (killable)
+		return wait_event_killable_timeout(*queue, READ_ONCE(*word) != value, timeout) < 0;
+	wait_event_timeout(*queue, READ_ONCE(*word) != value, timeout);
+	return false;
+}
+
+/* Whether this very task has the lock for writing. */
+bool hmm_gpu_holds_mmap_lock(struct mm_struct *mm)
+{
+#ifdef CONFIG_PREEMPT_RT
+	/* Who has it is not to be seen from here. */
+	return false;
+#else
+	/* Of a reader this has a bit set that a task's address has not. */
+	return atomic_long_read(&mm->mmap_lock.owner) == (long)current;
+#endif
+}
+
 /* Whether VM_FAULT_RETRY may be answered. The mmap lock is let go of, as is due then. */
 bool hmm_gpu_fault_retry(struct vm_fault *vmf)
 {
@@ -268,6 +339,26 @@ bool hmm_gpu_fault_retry(struct vm_fault *vmf)
 	if (!(vmf->flags & FAULT_FLAG_RETRY_NOWAIT))
 		mmap_read_unlock(vmf->vma->vm_mm);
 	return true;
+}
+
+/*
+ * Let go of the page that a fault has locked, and take it again. The fault has a reference to it still, so it is neither split
+ * nor freed meanwhile.
+ */
+void hmm_gpu_fault_unlock(struct vm_fault *vmf)
+{
+	unlock_page(vmf->page);
+}
+
+void hmm_gpu_fault_lock(struct vm_fault *vmf)
+{
+	lock_page(vmf->page);
+}
+
+/* Whether a fault must not wait for anything. */
+bool hmm_gpu_fault_nowait(const struct vm_fault *vmf)
+{
+	return vmf->flags & FAULT_FLAG_RETRY_NOWAIT;
 }
 
 /* Of all processes there are, or as many as there is room for; each with a reference (mmgrab). Returns how many there are. */

@@ -8,7 +8,10 @@ use crate::{
         pagemap::Ops,
         PAGE_BYTES,
     },
-    sys::bindings,
+    sys::{
+        bindings,
+        user_map::{Place, Placed, What},
+    },
 };
 use core::ptr::NonNull;
 use kernel::prelude::*;
@@ -78,7 +81,10 @@ impl Atomic {
 
 enum Kind {
     /// Of a BAR, by `memremap`.
-    Bar,
+    Bar {
+        /// Its first physical address.
+        start: u64,
+    },
     /// Of system memory, by `vzalloc`.
     System,
 }
@@ -128,7 +134,7 @@ impl Mapping {
         Ok(Self {
             base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
             len,
-            kind: Kind::Bar,
+            kind: Kind::Bar { start },
         })
     }
 
@@ -150,6 +156,46 @@ impl Mapping {
     /// Bytes that there are.
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    /// What a process maps that maps it.
+    pub(crate) fn what(&self) -> What {
+        match self.kind {
+            Kind::Bar { .. } => What::Registers,
+            Kind::System => What::Pages,
+        }
+    }
+
+    /// Maps the page at `offset` for a process.
+    ///
+    /// All that was mapped must be taken away again, by [`Zap::all`] or with the mappings, before this is dropped: the pages of
+    /// system memory only do not go before that.
+    ///
+    /// [`Zap::all`]: crate::sys::user_map::Zap::all
+    pub(crate) fn map(&self, offset: usize, place: Place<'_>) -> Result<Placed> {
+        let address = self.at(offset, PAGE_BYTES)?;
+        if place.what() != self.what() || offset % PAGE_BYTES != 0 {
+            return Err(EINVAL);
+        }
+        let pfn = match self.kind {
+            // CAST: Widens; a page frame number fits in a word.
+            Kind::Bar { start } => (start as usize + offset) / PAGE_BYTES,
+            // SAFETY: Inside what `vzalloc` gave.
+            Kind::System => unsafe { bindings::hmm_gpu_vmalloc_pfn(address.cast()) },
+        };
+        // SAFETY: A page of the BAR, or one of system memory that is this mapping's, and has its reference.
+        Ok(unsafe { place.put(pfn) })
+    }
+
+    /// Whether somebody else has a reference to the page at `offset`: has mapped or pinned it.
+    pub(crate) fn is_pinned(&self, offset: usize) -> bool {
+        match (&self.kind, self.at(offset, PAGE_BYTES)) {
+            // SAFETY: Inside what `vzalloc` gave.
+            (Kind::System, Ok(address)) => unsafe {
+                bindings::hmm_gpu_vmalloc_refs(address.cast()) > 0
+            },
+            _ => false,
+        }
     }
 
     /// The `len` bytes at `offset`.
@@ -300,7 +346,7 @@ impl Drop for Mapping {
         let base = self.base.as_ptr().cast();
         match self.kind {
             // SAFETY: Made by `memremap`, and not used any more.
-            Kind::Bar => unsafe { bindings::memunmap(base) },
+            Kind::Bar { .. } => unsafe { bindings::memunmap(base) },
             // SAFETY: Made by `vzalloc`, and not used any more.
             Kind::System => unsafe { bindings::vfree(base) },
         }

@@ -2,7 +2,10 @@
 
 //! Device nodes: a misc device that stands for something, and files of a type of their own on it.
 
-use crate::sys::bindings;
+use crate::sys::{
+    bindings,
+    user_map::{self, Pager, What},
+};
 use kernel::{
     container_of,
     error::to_result,
@@ -27,7 +30,7 @@ pub(crate) trait Client: Sized + Send + Sync + 'static {
     fn ioctl(self: Pin<&Self>, number: u32, argument: usize) -> Result;
 
     /// `mmap(2)` of the file.
-    fn mmap(self: Pin<&Self>, _vma: &VmaNew) -> Result {
+    fn mmap(self: Pin<&Self>, _vma: &VmaNew, _file: OpenFile<'_, Self>) -> Result {
         Err(ENODEV)
     }
 
@@ -39,6 +42,38 @@ pub(crate) trait Client: Sized + Send + Sync + 'static {
     /// `poll(2)` of the file: has `table` wait, and says what is there (`POLLIN` and so on).
     fn poll(self: Pin<&Self>, _file: &File, _table: &PollTable<'_>) -> u32 {
         bindings::POLLIN | bindings::POLLRDNORM
+    }
+}
+
+/// The file of a client, which is open.
+///
+/// # Invariants
+///
+/// `client` is valid as long as the file is open.
+pub(crate) struct OpenFile<'a, C> {
+    file: &'a File,
+    client: &'a C,
+}
+
+impl<'a, C: Client> OpenFile<'a, C> {
+    /// The file itself.
+    pub(crate) fn file(&self) -> &'a File {
+        self.file
+    }
+
+    /// The page of the file at which a mapping of it begins.
+    pub(crate) fn first_page(&self, vma: &VmaNew) -> usize {
+        // SAFETY: The reference is to a valid mapping, which is being made.
+        unsafe { (*vma.as_ptr()).vm_pgoff }
+    }
+
+    /// Has the file's client be the one that gives pages to a mapping of it: see [`user_map`].
+    pub(crate) fn map(&self, vma: &VmaNew, what: What) -> Result
+    where
+        C: Pager,
+    {
+        // SAFETY: A mapping keeps its file, and the file the client, by the type invariants.
+        unsafe { user_map::set_up(vma, what, self.client) }
     }
 }
 
@@ -164,7 +199,13 @@ impl<C: Client> MiscDevice for Handler<C> {
         kiocb.file().client().read(to, may_wait)
     }
 
-    fn mmap(this: Pin<&Self>, _file: &File, vma: &VmaNew) -> Result {
-        this.client().mmap(vma)
+    fn mmap(this: Pin<&Self>, file: &File, vma: &VmaNew) -> Result {
+        let client = this.client();
+        // INVARIANT: The client is dropped when the file is released, which has its last reference gone.
+        let open = OpenFile {
+            file,
+            client: client.get_ref(),
+        };
+        client.mmap(vma, open)
     }
 }

@@ -3,7 +3,7 @@
 //! What a device does to memory through a mirror's table: it reads, writes, does atomic operations, and takes
 //! pages for itself.
 
-use super::{word, Access, Mirror, Miss, Table};
+use super::{Access, Mirror, Miss, Table};
 use crate::{
     hmm::{
         folio::LockedFolio,
@@ -12,7 +12,7 @@ use crate::{
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
-    radix::{walk, Walked},
+    radix::Walked,
     sys::{
         bindings,
         mapping::{Atomic, Written},
@@ -78,7 +78,7 @@ impl<T: Table> Mirror<T> {
             let store = map.data().store();
             map.data().may_map()?;
             // CAST: A word.
-            let words = (entry.0 as u64, word(&map, entry));
+            let words = (entry.0 as u64, self.word(&map, entry));
             state.tree.set(page, words.0, words.1, store)?;
             state.generation += 1;
             state.mapped += 1;
@@ -194,7 +194,8 @@ impl<T: Table> Mirror<T> {
     /// Walks the table in the device's memory, as the device would, and has `then` access the page,
     /// under the lock.
     ///
-    /// What the device found counts only if it is what the driver's own copy says: `EIO` otherwise.
+    /// What the device found counts only if it is what the driver's own copy says, on all of the way: `EIO` otherwise. For it may have
+    /// been written by who is to be told.
     fn access(
         &self,
         map: &PageMap<T>,
@@ -209,12 +210,12 @@ impl<T: Table> Mirror<T> {
         }
         let state = self.lock(map)?;
         let store = map.data().store();
-        let Some(root) = state.tree.root() else {
+        if state.tree.root().is_none() {
             return Ok(Err(Miss { word: 0 }));
-        };
-        let found = walk(root, state.tree.levels(), addr, |offset| {
-            store.read_u64(usize::try_from(offset)?)
-        })?;
+        }
+        let found = state
+            .tree
+            .walk(addr, |offset| store.read_u64(usize::try_from(offset)?))?;
         let word = match found {
             Walked::NoNode => 0,
             Walked::Entry(word) => word,
@@ -228,7 +229,7 @@ impl<T: Table> Mirror<T> {
             state.tree.request(addr, store);
             return Ok(Err(Miss { word }));
         };
-        if word != self::word(map, entry) {
+        if word != self.word(map, entry) {
             return Err(EIO);
         }
         let allowed = match need {
