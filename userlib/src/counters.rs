@@ -8,7 +8,7 @@ macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What a device has done since it was bound, for all processes, in pages unless a field says otherwise.
         ///
-        /// All but `live_pages` and `table_pages` only grow, so `after - before` is what happened in between:
+        /// All but `live_pages`, `table_pages`, `private_pages` and `quarantined_pages` only grow, so `after - before` is what happened in between:
         ///
         /// ```no_run
         /// # fn main() -> Result<(), hmm_gpu::Error> {
@@ -27,6 +27,11 @@ macro_rules! counters {
             pub live_pages: u64,
             /// Pages of VRAM that device page tables use now: part of `live_pages`, and a level too.
             pub table_pages: u64,
+            /// Pages in private pools, used or not. A level too.
+            pub private_pages: u64,
+            /// Those of them that are free and cannot be used: given back while an execution was on, or of a pool that is gone with
+            /// something in it that is pinned. A level too.
+            pub quarantined_pages: u64,
             $($(#[$doc])* pub $name: u64,)*
         }
 
@@ -35,15 +40,19 @@ macro_rules! counters {
                 Self {
                     live_pages: answer.live_pages,
                     table_pages: answer.table_pages,
+                    private_pages: answer.private_pages,
+                    quarantined_pages: answer.quarantined_pages,
                     $($name: answer.$name,)*
                 }
             }
 
-            /// Every counter with its name, the two levels first.
+            /// Every counter with its name, the levels first.
             pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [
                     ("live_pages", self.live_pages),
                     ("table_pages", self.table_pages),
+                    ("private_pages", self.private_pages),
+                    ("quarantined_pages", self.quarantined_pages),
                     $((stringify!($name), self.$name),)*
                 ]
                 .into_iter()
@@ -58,6 +67,8 @@ macro_rules! counters {
                 Self {
                     live_pages: self.live_pages,
                     table_pages: self.table_pages,
+                    private_pages: self.private_pages,
+                    quarantined_pages: self.quarantined_pages,
                     $($name: self.$name.saturating_sub(before.$name),)*
                 }
             }
@@ -146,6 +157,10 @@ counters! {
     fault_failures,
     /// CPU faults that ended with an error, in faults.
     cpu_fault_failures,
+    /// Executions that were begun.
+    executions,
+    /// Those of them that were lost.
+    executions_lost,
 }
 
 #[cfg(test)]

@@ -203,7 +203,11 @@ impl Capabilities {
     /// The CPU reaches its VRAM where it is: pages do not come back when the CPU touches them.
     pub const COHERENT: Self = Self(uapi::HMM_GPU_CAP_COHERENT);
 
-    const NAMES: [(Self, &'static str); 9] = [
+    /// It has private pools: [`Device::create_pool`](crate::Device::create_pool) and
+    /// [`begin_execution`](crate::Device::begin_execution).
+    pub const POOL: Self = Self(uapi::HMM_GPU_CAP_POOL);
+
+    const NAMES: [(Self, &'static str); 10] = [
         (Self::MIGRATE, "migrate"),
         (Self::RESIDENCY, "residency"),
         (Self::COUNTERS, "counters"),
@@ -211,6 +215,7 @@ impl Capabilities {
         (Self::MIRROR, "mirror"),
         (Self::ATOMIC, "atomic"),
         (Self::ADVICE, "advice"),
+        (Self::POOL, "pool"),
         (Self::PREFETCH, "prefetch"),
         (Self::COHERENT, "coherent"),
     ];

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -198,6 +199,18 @@ pub enum Attempt {
         /// What is.
         advice: Advice,
     },
+    /// To make a private pool.
+    CreatePool {
+        /// Its size.
+        bytes: usize,
+    },
+    /// To begin an execution.
+    BeginExecution {
+        /// How long others wait for it.
+        deadline: Duration,
+    },
+    /// To end one, or tell what has become of it.
+    EndExecution,
     /// To tell what is at each page.
     Snapshot {
         /// First byte of the range.
@@ -278,6 +291,13 @@ impl fmt::Display for Attempt {
             } => {
                 write!(f, "advising of {} at {addr:#x} ({advice})", exact(bytes))
             }
+            Attempt::CreatePool { bytes } => {
+                write!(f, "making a private pool of {}", exact(bytes))
+            }
+            Attempt::BeginExecution { deadline } => {
+                write!(f, "beginning an execution (deadline {deadline:?})")
+            }
+            Attempt::EndExecution => f.write_str("ending an execution"),
             Attempt::Snapshot { addr, bytes } => {
                 write!(f, "looking what {} at {addr:#x} are", exact(bytes))
             }
@@ -450,9 +470,46 @@ fn common_reason(errno: Errno) -> Option<Reason> {
     })
 }
 
+fn pool_reason(errno: Errno) -> Option<Reason> {
+    Some(match errno {
+        Errno::INVAL => (
+            "the size is none that a pool can have",
+            "it is a multiple of 2 MiB, not zero",
+        ),
+        Errno::EXIST => ("there is one", "use it, or open the device again"),
+        Errno::BUSY => (
+            "memory of this device is in VRAM already",
+            "make the pool right after opening the device",
+        ),
+        Errno::NOSPC => (
+            "private pools may not have so much, or no room could be made in one piece",
+            "ask for less, or see the module parameter `pool_share`",
+        ),
+        Errno::OPNOTSUPP => (
+            "the CPU reaches all of this device's VRAM",
+            "use another device",
+        ),
+        _ => return None,
+    })
+}
+
+fn execution_reason(errno: Errno) -> Option<Reason> {
+    Some(match errno {
+        Errno::INVAL => (
+            "nobody waits for that long",
+            "the deadline is a millisecond at least and 10 seconds at most",
+        ),
+        Errno::NXIO => ("there is no pool", "make one with `Device::create_pool`"),
+        Errno::BUSY => ("one runs", "end it first"),
+        _ => return None,
+    })
+}
+
 /// What an error means of this call only.
 fn attempt_reason(attempt: &Attempt, errno: Errno) -> Option<Reason> {
     match (attempt, errno) {
+        (Attempt::CreatePool { .. }, _) => pool_reason(errno),
+        (Attempt::BeginExecution { .. }, _) => execution_reason(errno),
         (
             Attempt::Access {
                 fault_addr: None, ..

@@ -7,6 +7,7 @@
 mod access;
 mod atomic;
 pub(crate) mod mapping;
+pub(crate) mod pool;
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -60,6 +60,7 @@ rust_facts! {
             pressure_pages, evictions, bounces, kept_pages, around_pages,
             device_fault_pages, setup_ns, copy_ns, pages_ns, finalize_ns, copy_failures, insertion_failures,
             unused_pages, table_pages_taken, faults_in_device, faults_in_system, fault_failures, cpu_fault_failures,
+            private_pages, quarantined_pages, executions, executions_lost,
         }
         hmm_gpu_mirror { flags, levels, root_offset, nodes, entries, invalidations, reserved }
         hmm_gpu_access {
@@ -69,6 +70,8 @@ rust_facts! {
         hmm_gpu_fault { faults_ptr, count, policy, flags, mapped_pages, device_pages, failed_pages, reserved }
         hmm_gpu_snapshot { addr, len, entries_ptr, flags, reserved }
         hmm_gpu_advise { addr, len, advice, flags, value, reserved }
+        hmm_gpu_pool { flags, bytes, offset, reserved }
+        hmm_gpu_execute { op, flags, deadline_ms, state, id, reserved }
         hmm_gpu_prefetch { addr, len, cookie, target, flags, reserved }
         hmm_gpu_completion {
             cookie, addr, len, target, error, done_bytes, moved_bytes, already_bytes, skipped_bytes, unmapped_bytes, reserved,
@@ -78,10 +81,12 @@ rust_facts! {
     constants {
         HMM_GPU_VERSION HMM_GPU_PAGE_BYTES HMM_GPU_MAX_DEVICES HMM_GPU_MAX_FAULTS HMM_GPU_MAX_PREFETCHES
         HMM_GPU_QUERY HMM_GPU_MIGRATE HMM_GPU_RESIDENCY HMM_GPU_COUNTERS
-        HMM_GPU_MIRROR HMM_GPU_ACCESS HMM_GPU_FAULT HMM_GPU_SNAPSHOT HMM_GPU_ATOMIC HMM_GPU_ADVISE
+        HMM_GPU_MIRROR HMM_GPU_ACCESS HMM_GPU_FAULT HMM_GPU_SNAPSHOT HMM_GPU_ATOMIC HMM_GPU_ADVISE HMM_GPU_POOL HMM_GPU_EXECUTE
         HMM_GPU_PREFETCH HMM_GPU_COUNTERS_CLIENT
         HMM_GPU_CAP_MIGRATE HMM_GPU_CAP_RESIDENCY HMM_GPU_CAP_COUNTERS HMM_GPU_CAP_FAULT_BACK HMM_GPU_CAP_MIRROR
-        HMM_GPU_CAP_ATOMIC HMM_GPU_CAP_ADVICE HMM_GPU_CAP_PREFETCH HMM_GPU_CAP_COHERENT
+        HMM_GPU_CAP_ATOMIC HMM_GPU_CAP_ADVICE HMM_GPU_CAP_PREFETCH HMM_GPU_CAP_COHERENT HMM_GPU_CAP_POOL
+        HMM_GPU_EXECUTE_BEGIN HMM_GPU_EXECUTE_END HMM_GPU_EXECUTE_QUERY HMM_GPU_MAX_DEADLINE_MS
+        HMM_GPU_EXECUTION_ENDED HMM_GPU_EXECUTION_RUNNING HMM_GPU_EXECUTION_LOST
         HMM_GPU_ADVICE_RESET HMM_GPU_ADVICE_LOCATION HMM_GPU_ADVICE_READ_MOSTLY HMM_GPU_ADVICE_NO_MIGRATE
         HMM_GPU_ADVICE_GRANULARITY HMM_GPU_LOCATION_NONE HMM_GPU_LOCATION_SYSTEM HMM_GPU_LOCATION_DEVICE
         HMM_GPU_SOURCE_SOFT HMM_GPU_SOURCE_PCI

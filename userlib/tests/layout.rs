@@ -7,8 +7,8 @@ use std::mem::offset_of;
 
 use hmm_gpu::uapi::{
     hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_completion, hmm_gpu_counters,
-    hmm_gpu_device_fault, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_prefetch,
-    hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+    hmm_gpu_device_fault, hmm_gpu_execute, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror,
+    hmm_gpu_pool, hmm_gpu_prefetch, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
 };
 
 /// Asserts where each field begins. Fields follow each other without gaps, so this fixes their sizes too.
@@ -45,10 +45,10 @@ fn residency_is_as_version_1_fixed_it() {
 }
 
 /// Version 2 put six fields where version 1 had six reserved words; version 3 has five more, version 4 ten,
-/// and version 5 eight.
+/// and version 5 twelve.
 #[test]
 fn counters_are_as_versions_1_to_5_fixed_them() {
-    layout!(hmm_gpu_counters: 344 bytes,
+    layout!(hmm_gpu_counters: 376 bytes,
         flags at 0, live_pages at 8, allocated_pages at 16, freed_pages at 24, to_device_pages at 32,
         populated_pages at 40, to_system_pages at 48, fault_back_pages at 56, evicted_pages at 64, cpu_faults at 72,
         cpu_fault_retries at 80, skipped_pages at 88, vram_failures at 96, system_failures at 104,
@@ -58,7 +58,8 @@ fn counters_are_as_versions_1_to_5_fixed_them() {
         bounces at 216, kept_pages at 224, around_pages at 232, device_fault_pages at 240, setup_ns at 248,
         copy_ns at 256, pages_ns at 264, finalize_ns at 272, copy_failures at 280, insertion_failures at 288, unused_pages at 296,
         table_pages_taken at 304, faults_in_device at 312, faults_in_system at 320, fault_failures at 328,
-        cpu_fault_failures at 336);
+        cpu_fault_failures at 336, private_pages at 344, quarantined_pages at 352, executions at 360,
+        executions_lost at 368);
 }
 
 #[test]
@@ -99,6 +100,13 @@ fn atomic_is_as_version_3_fixed_it() {
 fn advise_is_as_version_4_fixed_it() {
     layout!(hmm_gpu_advise: 48 bytes,
         addr at 0, len at 8, advice at 16, flags at 20, value at 24, reserved at 32);
+}
+
+#[test]
+fn pool_and_execute_are_as_version_5_fixed_them() {
+    layout!(hmm_gpu_pool: 48 bytes, flags at 0, bytes at 8, offset at 16, reserved at 24);
+    layout!(hmm_gpu_execute: 48 bytes,
+        op at 0, flags at 4, deadline_ms at 8, state at 12, id at 16, reserved at 24);
 }
 
 #[test]

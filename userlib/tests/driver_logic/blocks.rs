@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
-use crate::bitmap::{Blocks, BLOCK_PAGES};
+use crate::bitmap::{Blocks, BLOCK_PAGES, SHARED};
 use crate::config;
-use crate::prelude::ENOMEM;
+use crate::alloc::GFP_KERNEL;
+use crate::prelude::{KVec, ENOMEM};
 use crate::stand_in::fail_allocation;
 
 /// log2 of [`BLOCK_PAGES`].
@@ -67,7 +68,7 @@ impl Tried {
 
     fn take(&mut self, order: u32, count: usize) {
         let mut indices = vec![u32::MAX; count];
-        let got = self.blocks.take(order, &mut indices);
+        let got = self.blocks.take(SHARED, order, &mut indices);
         assert!(got <= count);
         for &start in &indices[..got] {
             let (start, run) = (start as usize, 1 << order);
@@ -152,7 +153,7 @@ fn single_pages_fill_a_block_before_the_next() {
 /// Catches a failure that is ignored: then a list has no room for a block, and its pages are lost.
 #[test]
 fn blocks_without_memory_are_an_error() {
-    for count in 0..2 {
+    for count in 0..3 {
         fail_allocation(Some(count));
         assert_eq!(Blocks::new(7).err(), Some(ENOMEM));
     }
@@ -169,4 +170,69 @@ fn blocks_that_are_not_there_are_ignored() {
     tried.blocks.give_back(BLOCK_PAGES, 0);
     tried.take(0, 1);
     assert_eq!(tried.runs.len(), 0);
+}
+
+fn pages_of(blocks: &mut Blocks, pool: u16, count: usize) -> BTreeSet<usize> {
+    let mut indices = vec![0; count];
+    let got = blocks.take(pool, 0, &mut indices);
+    indices[..got].iter().map(|&index| index as usize).collect()
+}
+
+fn room(count: usize) -> KVec<u32> {
+    KVec::with_capacity(count, GFP_KERNEL).unwrap()
+}
+
+/// Catches pages of one pool that are given to another, or lost, when a block changes hands with some in use.
+#[test]
+fn a_block_has_its_pages_in_its_pool_only() {
+    const OWN: u16 = 3;
+    let mut blocks = Blocks::new(4).unwrap();
+    (0..4).for_each(|block| blocks.add(block));
+    let before = pages_of(&mut blocks, SHARED, 4 * BLOCK_PAGES);
+    assert_eq!(before.len(), 4 * BLOCK_PAGES);
+    // All but a page of each.
+    let stay = |page: &usize| page % BLOCK_PAGES == 7;
+    before.iter().filter(|page| !stay(page)).for_each(|page| blocks.give_back(*page, 0));
+    assert!(blocks.give(1, 2, OWN, room(2)).is_ok());
+    assert!(blocks.give(2, 2, OWN, room(2)).is_err(), "one of them is taken");
+    assert!(blocks.give(0, 1, OWN, room(1)).is_err(), "the pool has blocks");
+    assert!(blocks.give(3, 2, OWN + 1, room(2)).is_err(), "there is no fifth");
+    assert_eq!((blocks.used_in(OWN), blocks.free_in(OWN)), (2, 2 * BLOCK_PAGES - 2));
+    let own = pages_of(&mut blocks, OWN, 3 * BLOCK_PAGES);
+    assert_eq!(own.len(), 2 * BLOCK_PAGES - 2);
+    assert!(own.iter().all(|page| (BLOCK_PAGES..3 * BLOCK_PAGES).contains(page) && !stay(page)));
+    let others = pages_of(&mut blocks, SHARED, 4 * BLOCK_PAGES);
+    assert_eq!(others.len(), 2 * BLOCK_PAGES - 2);
+    assert!(others.is_disjoint(&own));
+    // One block goes back, with what is in use.
+    blocks.take_back(1);
+    assert_eq!(blocks.used(), 4 * BLOCK_PAGES);
+    own.iter().for_each(|page| blocks.give_back(*page, 0));
+    let again = pages_of(&mut blocks, SHARED, 4 * BLOCK_PAGES);
+    assert_eq!(again.len(), BLOCK_PAGES - 1);
+    assert!(again.iter().all(|page| page / BLOCK_PAGES == 1));
+}
+
+/// Catches a page that is taken again although it is held back, and one that never is.
+#[test]
+fn what_is_held_back_is_taken_after_its_release() {
+    const OWN: u16 = 64;
+    let mut blocks = Blocks::new(2).unwrap();
+    (0..2).for_each(|block| blocks.add(block));
+    assert!(blocks.give(0, 1, OWN, room(1)).is_ok());
+    let all = pages_of(&mut blocks, OWN, BLOCK_PAGES);
+    blocks.set_holds(OWN, true);
+    all.iter().take(200).for_each(|page| blocks.give_back(*page, 0));
+    assert_eq!((blocks.held_in(OWN), blocks.free_in(OWN)), (200, 0));
+    assert_eq!(blocks.used(), BLOCK_PAGES - 200);
+    assert!(pages_of(&mut blocks, OWN, 1).is_empty());
+    blocks.set_holds(OWN, false);
+    blocks.release(0);
+    assert_eq!((blocks.held_in(OWN), blocks.free_in(OWN)), (0, 200));
+    let free = blocks.take_all(0);
+    assert!(pages_of(&mut blocks, OWN, 1).is_empty());
+    blocks.put_all(0, &free);
+    let again = pages_of(&mut blocks, OWN, BLOCK_PAGES);
+    assert_eq!(again, all.into_iter().take(200).collect());
+    assert_eq!(blocks.used(), BLOCK_PAGES);
 }

@@ -47,6 +47,7 @@ pub(crate) mod prelude {
 
     pub(crate) const EINVAL: Error = Error(-22);
     pub(crate) const ENOMEM: Error = Error(-12);
+    pub(crate) const EIO: Error = Error(-5);
     pub(crate) const ENOSPC: Error = Error(-28);
 
     pub(crate) type Result<T = (), E = Error> = std::result::Result<T, E>;
@@ -77,12 +78,22 @@ pub(crate) mod prelude {
     #[derive(Debug)]
     pub(crate) struct RemoveError;
 
+    impl<T> Default for KVec<T> {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
+
     impl<T> KVec<T> {
         pub(crate) const fn new() -> Self {
             Self {
                 values: Vec::new(),
                 capacity: 0,
             }
+        }
+
+        pub(crate) fn retain(&mut self, f: impl FnMut(&mut T) -> bool) {
+            self.values.retain_mut(f);
         }
 
         pub(crate) fn with_capacity(capacity: usize, _: Flags) -> Result<Self, AllocError> {
