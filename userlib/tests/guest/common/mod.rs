@@ -16,6 +16,7 @@ pub mod mirror;
 pub mod misuse;
 pub mod node;
 pub mod random;
+pub mod shader;
 pub mod swap;
 pub mod turmoil;
 pub mod uring;
