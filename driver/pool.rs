@@ -365,7 +365,16 @@ impl DeviceMemory {
         if self.pools.closed.load(Acquire) {
             return Err(ENODEV);
         }
-        let taken: usize = slots.iter().flatten().map(|slot| slot.blocks.len()).sum();
+        // Of a pool whose client is gone, what is left of it.
+        let usage = self.alloc.usage();
+        let taken: usize = (1u16..)
+            .zip(slots.iter())
+            .filter_map(|(pool, slot)| Some((pool, slot.as_ref()?)))
+            .map(|(pool, slot)| {
+                let left = |block: &usize| slot.owned || usage.pool_of(block * BLOCK_PAGES) == pool;
+                slot.blocks.clone().filter(left).count()
+            })
+            .sum();
         let blocks = self.alloc.pages() / BLOCK_PAGES;
         // CAST: Widens.
         if taken.saturating_add(count) > blocks * share as usize / 100 {

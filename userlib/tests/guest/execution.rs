@@ -306,7 +306,9 @@ fn what_is_freed_in_an_execution_is_not_used_before_its_end() {
         let places: Vec<u64> = (0..512)
             .filter_map(|i| shader.page(more.page(i).addr))
             .collect();
-        let again = places.iter().filter(|place| stale.contains(place)).count();
+        // What was brought in before it is where there was room, too.
+        let others = (100..200).filter_map(|i| shader.page(area.page(i).addr));
+        let again = places.iter().copied().chain(others).filter(|place| stale.contains(place)).count();
         assert_eq!(
             again > 0,
             round == 1,
@@ -461,7 +463,7 @@ fn all_of_it_at_once() {
             sleep(Duration::from_secs(2));
             let now = rounds.load(Ordering::Relaxed);
             assert!(
-                now > seen || began.elapsed() < patience(Duration::from_secs(4)),
+                now > seen || began.elapsed() < patience(Duration::from_secs(30)),
                 "no execution has ended"
             );
             seen = now;

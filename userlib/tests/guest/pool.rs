@@ -76,7 +76,7 @@ fn a_pool_is_zero_when_it_is_made() {
             assert_eq!(counters(device).private_pages, 0);
         }
         // So do another's, wherever they are.
-        let area = Area::new(2 * pages);
+        let area = Area::new(pages + pages / 2);
         device
             .prefetch_range(area.addr, area.bytes(), Target::Device)
             .unwrap();
