@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use crate::alloc::GFP_KERNEL;
 use crate::bitmap::{Blocks, BLOCK_PAGES, SHARED};
 use crate::config;
-use crate::alloc::GFP_KERNEL;
 use crate::prelude::{KVec, ENOMEM};
 use crate::stand_in::fail_allocation;
 
@@ -192,15 +192,32 @@ fn a_block_has_its_pages_in_its_pool_only() {
     assert_eq!(before.len(), 4 * BLOCK_PAGES);
     // All but a page of each.
     let stay = |page: &usize| page % BLOCK_PAGES == 7;
-    before.iter().filter(|page| !stay(page)).for_each(|page| blocks.give_back(*page, 0));
+    before
+        .iter()
+        .filter(|page| !stay(page))
+        .for_each(|page| blocks.give_back(*page, 0));
     assert!(blocks.give(1, 2, OWN, room(2)).is_ok());
-    assert!(blocks.give(2, 2, OWN, room(2)).is_err(), "one of them is taken");
-    assert!(blocks.give(0, 1, OWN, room(1)).is_err(), "the pool has blocks");
-    assert!(blocks.give(3, 2, OWN + 1, room(2)).is_err(), "there is no fifth");
-    assert_eq!((blocks.used_in(OWN), blocks.free_in(OWN)), (2, 2 * BLOCK_PAGES - 2));
+    assert!(
+        blocks.give(2, 2, OWN, room(2)).is_err(),
+        "one of them is taken"
+    );
+    assert!(
+        blocks.give(0, 1, OWN, room(1)).is_err(),
+        "the pool has blocks"
+    );
+    assert!(
+        blocks.give(3, 2, OWN + 1, room(2)).is_err(),
+        "there is no fifth"
+    );
+    assert_eq!(
+        (blocks.used_in(OWN), blocks.free_in(OWN)),
+        (2, 2 * BLOCK_PAGES - 2)
+    );
     let own = pages_of(&mut blocks, OWN, 3 * BLOCK_PAGES);
     assert_eq!(own.len(), 2 * BLOCK_PAGES - 2);
-    assert!(own.iter().all(|page| (BLOCK_PAGES..3 * BLOCK_PAGES).contains(page) && !stay(page)));
+    assert!(own
+        .iter()
+        .all(|page| (BLOCK_PAGES..3 * BLOCK_PAGES).contains(page) && !stay(page)));
     let others = pages_of(&mut blocks, SHARED, 4 * BLOCK_PAGES);
     assert_eq!(others.len(), 2 * BLOCK_PAGES - 2);
     assert!(others.is_disjoint(&own));
@@ -222,7 +239,9 @@ fn what_is_held_back_is_taken_after_its_release() {
     assert!(blocks.give(0, 1, OWN, room(1)).is_ok());
     let all = pages_of(&mut blocks, OWN, BLOCK_PAGES);
     blocks.set_holds(OWN, true);
-    all.iter().take(200).for_each(|page| blocks.give_back(*page, 0));
+    all.iter()
+        .take(200)
+        .for_each(|page| blocks.give_back(*page, 0));
     assert_eq!((blocks.held_in(OWN), blocks.free_in(OWN)), (200, 0));
     assert_eq!(blocks.used(), BLOCK_PAGES - 200);
     assert!(pages_of(&mut blocks, OWN, 1).is_empty());

@@ -308,7 +308,12 @@ fn what_is_freed_in_an_execution_is_not_used_before_its_end() {
             .collect();
         // What was brought in before it is where there was room, too.
         let others = (100..200).filter_map(|i| shader.page(area.page(i).addr));
-        let again = places.iter().copied().chain(others).filter(|place| stale.contains(place)).count();
+        let again = places
+            .iter()
+            .copied()
+            .chain(others)
+            .filter(|place| stale.contains(place))
+            .count();
         assert_eq!(
             again > 0,
             round == 1,
