@@ -36,7 +36,47 @@ debug-driver: ## build the driver for the checking kernel (target/debug-driver/h
 .PHONY: userlib
 userlib: prepare ## build the library, its header and the samples (target/tree/release, target/include)
 	@$(VM)/enter -- sh -c 'CARGO_TARGET_DIR=target/tree cargo build --locked --release && mkdir -p target/include && \
-		cbindgen --quiet --config userlib/cbindgen.toml --output target/include/hmm_gpu.h driver/uapi.rs'
+		cbindgen --quiet --config userlib/cbindgen.toml --output target/include/hmm_gpu.h driver/uapi.rs && \
+		for sample in samples/c/*.c; do \
+			gcc -std=gnu11 -O2 -Wall -Wextra -Werror -I target/include -o "target/tree/release/$$(basename "$$sample" .c)" "$$sample" || exit; \
+		done'
+
+.PHONY: tool
+tool: ## build hmmctl with this host's own cargo (1.85 or later), without the virtual machine (target/release/hmmctl)
+	cargo build --locked --release --package hmmctl
+
+# Where things are installed. Packages set DESTDIR; RELEASE is the kernel that the module in driver/ was built for.
+PREFIX ?= /usr/local
+RULES ?= /usr/lib/udev/rules.d
+HMMCTL ?= $(firstword $(wildcard target/release/hmmctl target/tree/release/hmmctl))
+RELEASE ?= $(firstword $(shell modinfo -F vermagic driver/hmm_gpu.ko 2>/dev/null))
+SHARE := $(DESTDIR)$(PREFIX)/share
+COMPLETIONS := $(SHARE)/bash-completion/completions/hmmctl $(SHARE)/zsh/site-functions/_hmmctl $(SHARE)/fish/vendor_completions.d/hmmctl.fish
+
+.PHONY: install
+install: ## install what was built: module, udev rule, hmmctl, its manual pages and completions; DESTDIR, PREFIX (nothing is loaded)
+	@test -n "$(RELEASE)" || { echo "there is no driver/hmm_gpu.ko: make driver KDIR=..." >&2; exit 1; }
+	@test -n "$(HMMCTL)" || { echo "there is no hmmctl: make tool" >&2; exit 1; }
+	install -D -m 644 driver/hmm_gpu.ko "$(DESTDIR)/lib/modules/$(RELEASE)/updates/hmm_gpu.ko"
+	install -D -m 644 driver/90-hmm-gpu.rules "$(DESTDIR)$(RULES)/90-hmm-gpu.rules"
+	install -D -m 755 "$(HMMCTL)" "$(DESTDIR)$(PREFIX)/sbin/hmmctl"
+	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; for what in man bash zsh fish; do "$(HMMCTL)" generate $$what "$$new"; done; \
+		for page in "$$new"/*.1; do install -D -m 644 "$$page" "$(SHARE)/man/man1/$$(basename "$$page")"; done; \
+		install -D -m 644 "$$new/hmmctl.bash" "$(word 1,$(COMPLETIONS))"; \
+		install -D -m 644 "$$new/_hmmctl" "$(word 2,$(COMPLETIONS))"; \
+		install -D -m 644 "$$new/hmmctl.fish" "$(word 3,$(COMPLETIONS))"
+	$(if $(DESTDIR),,depmod "$(RELEASE)" && udevadm control --reload)
+
+.PHONY: uninstall
+uninstall: ## remove what install has put there, of this kernel release
+	rm -f "$(DESTDIR)$(RULES)/90-hmm-gpu.rules" "$(DESTDIR)$(PREFIX)/sbin/hmmctl" $(foreach file,$(COMPLETIONS),"$(file)")
+	rm -f "$(SHARE)"/man/man1/hmmctl.1 "$(SHARE)"/man/man1/hmmctl-*.1
+	$(if $(RELEASE),rm -f "$(DESTDIR)/lib/modules/$(RELEASE)/updates/hmm_gpu.ko")
+	$(if $(DESTDIR)$(if $(RELEASE),,no module),,depmod "$(RELEASE)")
+
+.PHONY: doc
+doc: prepare ## the book of Documentation/ and what the crate says of itself (target/doc)
+	@$(VM)/enter -- bench/doc
 
 .PHONY: demo
 demo: driver userlib ## load the driver in the virtual GPU host, bind a GPU, move memory there and back, show it
