@@ -53,11 +53,11 @@ pub fn run(args: &StatArgs, out: &mut dyn Write) -> Result<(), Error> {
 type Column = (&'static str, fn(&Counters) -> u64);
 
 const COLUMNS: [Column; 9] = [
-    ("request-to", |it| {
+    ("req-to", |it| {
         it.to_device_pages - it.device_fault_pages.min(it.to_device_pages)
     }),
     ("fault-to", |it| it.device_fault_pages),
-    ("request-back", |it| it.to_system_pages),
+    ("req-back", |it| it.to_system_pages),
     ("touch-back", |it| it.fault_back_pages),
     ("pressure", |it| it.pressure_pages),
     ("skipped", |it| it.skipped_pages),
@@ -108,7 +108,7 @@ mod tests {
         let line = row(&work, 0.5);
         let cells: Vec<&str> = line.split_whitespace().collect();
         assert_eq!(cells[..4], ["1", "GiB", "4000", "2000"]);
-        assert!(header().starts_with(&format!("{:>10}{:>12}", "in VRAM", "request-to")));
+        assert!(header().starts_with(&format!("{:>10}{:>12}", "in VRAM", "req-to")));
         assert_eq!(line.chars().count(), header().find("   (").unwrap());
     }
 
