@@ -302,7 +302,7 @@ fn the_policy_says_what_a_fault_does() {
         let mut bytes = vec![0; 3 * PAGE];
         ask(page + 1, &mut bytes).stopped(Errno::AGAIN, PAGE - 1, left.page(4).addr);
         let pattern = left.page(3).pattern(5);
-        assert!(bytes[..PAGE - 1] == bytemuck::cast_slice(&pattern)[1..]);
+        assert!(bytes[..PAGE - 1] == bytemuck::cast_slice::<u64, u8>(&pattern)[1..]);
         // What was taken away is not there any more.
         left.page(3).advise(libc::MADV_DONTNEED).unwrap();
         let ended = ask(page, &mut byte);
