@@ -1,11 +1,14 @@
 //! The same work through the test interface of HMM (the kernel's `lib/test_hmm_uapi.h`), by turns on nodes of two drivers that speak
 //! it: how long a page takes to the device, back, and back because the CPU touches it, and what a look at it costs.
 //!
-//! `hmm-gpu-compare [--rounds N] NAME=NODE [NAME=NODE]`. In each round every size and page size is done once on each node, in
-//! memory of its own, and the order of the nodes changes from round to round; only one of them is open at a time. The first round does not
-//! count. Each number is the middle one of all rounds in ns per 4 KiB page, with the middle half of them behind it. A ratio is
+//! `hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE [NAME=NODE]`. In each round every size and page size is
+//! done once on each node, in memory of its own, and the order of the nodes changes from round to round; only one of them is open at a
+//! time. The first round does not count. Each number is the middle one of all rounds in ns per 4 KiB page, with the middle half of them behind it. A ratio is
 //! made in each round of the two times in it. Every byte is compared after every turn. A turn in which a page would not move is made
 //! again, and told of.
+//!
+//! On a machine whose clock counts instructions (`bench/vm/run --icount`), `--instructions` says so: each number is instructions then,
+//! of which a copy takes few for the time it takes on hardware.
 
 #![deny(unsafe_code)]
 
@@ -27,8 +30,10 @@ mod memory;
 mod node;
 mod spread;
 
-/// Bytes of memory that are moved at once.
+/// Bytes of memory that are moved at once, if the command line does not say.
 const SIZES: [usize; 4] = [512 << 10, 2 << 20, 16 << 20, 64 << 20];
+/// More than any guest has.
+const LARGEST: usize = 1 << 30;
 /// Rounds that count, if the command line does not say.
 const ROUNDS: usize = 9;
 /// What is timed.
@@ -51,10 +56,20 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    let (nodes, rounds) = arguments(std::env::args().skip(1))?;
+    let Arguments {
+        nodes,
+        rounds,
+        sizes,
+        instructions,
+    } = arguments(std::env::args().skip(1))?;
+    let unit = if instructions {
+        "instr/page"
+    } else {
+        "ns a page"
+    };
     print!(
-        "{:>8}  {:<7}{:<11}{:>18}",
-        "size", "pages", "ns a page", "plain copy"
+        "{:>8}  {:<7}{unit:<11}{:>18}",
+        "size", "pages", "plain copy"
     );
     for (name, _) in &nodes {
         print!("{name:>24}");
@@ -63,9 +78,9 @@ fn run() -> Result<(), Box<dyn Error>> {
         print!("{:>24}", format!("{second} / {first}"));
     }
     println!();
-    for size in SIZES {
+    for size in sizes {
         for pages in [Pages::Small, Pages::Huge] {
-            if pages == Pages::Huge && size < HUGE_PAGE {
+            if pages == Pages::Huge && size % HUGE_PAGE != 0 {
                 continue;
             }
             let measured = measure(&nodes, rounds, size, pages)?;
@@ -78,24 +93,51 @@ fn run() -> Result<(), Box<dyn Error>> {
 /// A name and the node that has it.
 type Named = (String, PathBuf);
 
-/// The one or two nodes, and how many rounds count.
-fn arguments(
-    mut arguments: impl Iterator<Item = String>,
-) -> Result<(Vec<Named>, usize), Box<dyn Error>> {
-    let (mut nodes, mut rounds) = (Vec::new(), ROUNDS);
+/// What the command line says.
+struct Arguments {
+    /// One or two.
+    nodes: Vec<Named>,
+    /// How many rounds count.
+    rounds: usize,
+    /// In bytes.
+    sizes: Vec<usize>,
+    /// A nanosecond is an instruction.
+    instructions: bool,
+}
+
+fn arguments(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Box<dyn Error>> {
+    let (mut nodes, mut rounds, mut sizes, mut instructions) =
+        (Vec::new(), ROUNDS, Vec::new(), false);
     while let Some(argument) = arguments.next() {
         if argument == "--rounds" {
             rounds = arguments.next().ok_or("--rounds needs a number")?.parse()?;
+        } else if argument == "--size" {
+            let kib: usize = arguments.next().ok_or("--size needs a number")?.parse()?;
+            sizes.push(kib << 10);
+        } else if argument == "--instructions" {
+            instructions = true;
         } else if let Some((name, path)) = argument.split_once('=') {
             nodes.push((name.to_owned(), PathBuf::from(path)));
         } else {
             return Err(format!("{argument} is not NAME=NODE").into());
         }
     }
-    if rounds == 0 || !(1..=2).contains(&nodes.len()) {
-        return Err("usage: hmm-gpu-compare [--rounds N] NAME=NODE [NAME=NODE]".into());
+    let whole = |size: &usize| *size != 0 && size % PAGE == 0 && *size <= LARGEST;
+    if rounds == 0 || !(1..=2).contains(&nodes.len()) || !sizes.iter().all(whole) {
+        return Err(
+            "usage: hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE [NAME=NODE]"
+                .into(),
+        );
     }
-    Ok((nodes, rounds))
+    if sizes.is_empty() {
+        sizes = SIZES.to_vec();
+    }
+    Ok(Arguments {
+        nodes,
+        rounds,
+        sizes,
+        instructions,
+    })
 }
 
 /// All rounds with one size and page size.
@@ -260,17 +302,27 @@ fn print_rows(nodes: &[Named], size: usize, pages: Pages, measured: &Measured) {
 mod tests {
     use super::*;
 
-    fn parsed(line: &str) -> Option<(Vec<Named>, usize)> {
+    fn parsed(line: &str) -> Option<Arguments> {
         arguments(line.split_whitespace().map(str::to_owned)).ok()
     }
 
     #[test]
     fn one_or_two_nodes_are_named() {
-        let (nodes, rounds) = parsed("a=/dev/x --rounds 3 b=/dev/y").unwrap();
-        assert_eq!(nodes[1], ("b".to_owned(), PathBuf::from("/dev/y")));
-        assert_eq!((nodes.len(), rounds), (2, 3));
-        assert!(parsed("a=/dev/x").is_some());
-        for line in ["", "a", "--rounds", "a=/dev/x --rounds 0", "a=1 b=2 c=3"] {
+        let two = parsed("a=/dev/x --rounds 3 b=/dev/y").unwrap();
+        assert_eq!(two.nodes[1], ("b".to_owned(), PathBuf::from("/dev/y")));
+        assert_eq!((two.nodes.len(), two.rounds), (2, 3));
+        assert_eq!((two.sizes, two.instructions), (SIZES.to_vec(), false));
+        let one = parsed("a=/dev/x --size 4 --size 2048 --instructions").unwrap();
+        assert_eq!((one.sizes, one.instructions), (vec![4096, HUGE_PAGE], true));
+        for line in [
+            "",
+            "a",
+            "--rounds",
+            "a=/dev/x --rounds 0",
+            "a=1 b=2 c=3",
+            "a=/dev/x --size 0",
+            "a=/dev/x --size 3",
+        ] {
             assert!(parsed(line).is_none(), "{line}");
         }
     }
