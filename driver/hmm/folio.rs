@@ -280,33 +280,30 @@ impl SourceFolio<'_> {
     }
 }
 
-/// Whether the locked page `pfn` is device-private or device-coherent, and if so the page map it
-/// belongs to.
-///
-/// # Safety
-///
-/// The page is referenced for as long as the answer is used.
-pub(super) unsafe fn page_map_of(pfn: usize) -> Option<*mut bindings::dev_pagemap> {
-    // SAFETY: The page is referenced, by the safety requirements.
-    let folio = unsafe { folio_of(pfn) };
-    // SAFETY: As above, so its folio is valid.
-    unsafe {
-        bindings::hmm_gpu_folio_is_device(folio).then(|| bindings::hmm_gpu_folio_pgmap(folio))
-    }
+/// What a page of a migration is.
+pub(super) struct Sort {
+    /// log2 of the number of pages of its folio.
+    pub(super) order: u32,
+    /// The page map it belongs to, if it is device-private or device-coherent.
+    pub(super) map: Option<NonNull<bindings::dev_pagemap>>,
+    /// Whether it may move. System memory may if it is anonymous memory which KSM does not know (the
+    /// kernel would let it move, and KSM would then read device memory, in 7.3).
+    pub(super) may_move: bool,
 }
 
-/// Whether page `pfn` of system memory may move to a device: it is anonymous memory, which KSM does
-/// not know (the kernel would let it move, and KSM would then read device memory, in 7.3).
+/// What page `pfn` is.
 ///
 /// # Safety
 ///
-/// The page is locked and referenced.
-pub(super) unsafe fn may_move(pfn: usize) -> bool {
+/// The page is locked and referenced for as long as the answer is used.
+pub(super) unsafe fn sort_of(pfn: usize) -> Sort {
     // SAFETY: The page is referenced, by the safety requirements, so its folio is valid. Being
     // locked, it stays what it is.
-    unsafe {
-        let folio = folio_of(pfn);
-        bindings::hmm_gpu_folio_test_anon(folio) && !bindings::hmm_gpu_folio_test_ksm(folio)
+    let source = unsafe { bindings::hmm_gpu_source(pfn) };
+    Sort {
+        order: source.order,
+        map: NonNull::new(source.pgmap),
+        may_move: source.may_move,
     }
 }
 

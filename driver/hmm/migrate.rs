@@ -142,15 +142,18 @@ impl<T: Ops> State<'_, T> {
         // SAFETY: The page is locked and referenced by the type invariants, for as long as `self`
         // is borrowed: giving a destination, committing and finalizing all need more than `&self`.
         unsafe {
-            let order = folio::order_of(pfn);
-            if !self.may_be_at(i, order) {
+            let folio::Sort {
+                order,
+                map,
+                may_move,
+            } = folio::sort_of(pfn);
+            if !may_move || !self.may_be_at(i, order) {
                 return None;
             }
-            match folio::page_map_of(pfn) {
-                None if !folio::may_move(pfn) => None,
+            match map {
                 None => Some(Source::System(SourceFolio::from_pfn(pfn, order))),
                 Some(raw) => {
-                    let map = PageMap::<T>::from_raw(raw);
+                    let map = PageMap::<T>::from_raw(raw.as_ptr());
                     let index = map.index_of(pfn)?;
                     Some(Source::Device { map, index, order })
                 }

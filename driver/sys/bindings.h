@@ -36,9 +36,12 @@ struct folio *hmm_gpu_folio_alloc(unsigned int order, enum hmm_gpu_effort effort
 void hmm_gpu_folio_lock(struct folio *folio);
 void hmm_gpu_folio_unlock(struct folio *folio);
 void hmm_gpu_folio_put(struct folio *folio);
-bool hmm_gpu_folio_test_ksm(const struct folio *folio);
-bool hmm_gpu_folio_test_anon(const struct folio *folio);
-bool hmm_gpu_folio_is_device(const struct folio *folio);
+struct hmm_gpu_source {
+	struct dev_pagemap *pgmap; /* NULL: system memory */
+	u32 order;
+	bool may_move;
+};
+struct hmm_gpu_source hmm_gpu_source(unsigned long pfn);
 struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio);
 void hmm_gpu_folio_inherit(struct folio *folio, const struct folio *from);
 void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order);

@@ -79,19 +79,17 @@ void hmm_gpu_folio_put(struct folio *folio)
 	folio_put(folio);
 }
 
-bool hmm_gpu_folio_test_ksm(const struct folio *folio)
+/* All that is asked of a page that a migration has, in one call: it is asked several times of every page. */
+struct hmm_gpu_source hmm_gpu_source(unsigned long pfn)
 {
-	return folio_test_ksm(folio);
-}
+	struct folio *folio = page_folio(pfn_to_page(pfn));
+	bool device = folio_is_device_private(folio) || folio_is_device_coherent(folio);
 
-bool hmm_gpu_folio_test_anon(const struct folio *folio)
-{
-	return folio_test_anon(folio);
-}
-
-bool hmm_gpu_folio_is_device(const struct folio *folio)
-{
-	return folio_is_device_private(folio) || folio_is_device_coherent(folio);
+	return (struct hmm_gpu_source) {
+		.pgmap = device ? folio->pgmap : NULL,
+		.order = folio_order(folio),
+		.may_move = device || (folio_test_anon(folio) && !folio_test_ksm(folio)),
+	};
 }
 
 struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio)
