@@ -46,6 +46,12 @@ impl Block {
             groups
                 .position(|group| group.iter().all(|&word| word == 0))
                 .map(|i| i * run)
+        } else if run == 1 {
+            let mut words = self.in_use.iter().enumerate();
+            words
+                .find(|(_, word)| **word != u64::MAX)
+                // CAST: A number of bits.
+                .map(|(i, word)| i * WORD_BITS + word.trailing_ones() as usize)
         } else {
             self.in_use.iter().enumerate().find_map(|(i, &word)| {
                 let mask = (1u64 << run) - 1;
