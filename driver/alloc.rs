@@ -81,9 +81,14 @@ impl Allocator {
                 break;
             }
         }
-        for &index in indices.iter().take(got) {
-            // CAST: The index of a page fits in a word.
-            self.usage.took(taker, index as usize, order);
+        // What follows on one another in a block, as most do, is counted together.
+        let follows =
+            |&a: &u32, &b: &u32| b.wrapping_sub(a) == 1 << order && b % BLOCK_PAGES as u32 != 0;
+        for run in indices.get(..got).unwrap_or_default().chunk_by(follows) {
+            if let Some(&first) = run.first() {
+                // CAST: The index of a page fits in a word.
+                self.usage.took(taker, first as usize, run.len() << order);
+            }
         }
         got
     }

@@ -278,9 +278,8 @@ impl Usage {
         self.entries.get(usize::try_from(account).ok()?)
     }
 
-    /// The folio of `1 << order` pages from `index` on was taken.
-    pub(crate) fn took(&self, taker: Taker, index: usize, order: u32) {
-        let pages = 1usize << order;
+    /// The pages from `index` on, all in one block, were taken.
+    pub(crate) fn took(&self, taker: Taker, index: usize, pages: usize) {
         for page in self.pages.iter().skip(index).take(pages) {
             page.turn.store(taker.turn, Relaxed);
             page.account.store(taker.account, Relaxed);
