@@ -380,17 +380,6 @@ impl<H: Home> Tree<H> {
         Some(node)
     }
 
-    fn leaf_mut(&mut self, addr: usize) -> Option<&mut Node<H>> {
-        let covers = self.covers(addr);
-        let mut level = self.levels;
-        let mut node = self.root.as_deref_mut().filter(|_| covers)?;
-        while level > 1 {
-            level -= 1;
-            node = node.child_mut(slot(level, addr))?;
-        }
-        Some(node)
-    }
-
     /// The entry of the page at `addr`; zero if it is not set.
     pub(crate) fn get(&self, addr: usize) -> u64 {
         match self.leaf(addr).map(|leaf| &leaf.body) {
@@ -402,20 +391,23 @@ impl<H: Home> Tree<H> {
     /// Sets the entry of the page at `addr`, neither word being zero. Fails with `EINVAL` if a node
     /// is missing on the way. What the page holds must have been fenced.
     pub(crate) fn set(&mut self, addr: usize, entry: u64, word: u64, store: &H::Store) -> Result {
-        let slot = slot(0, addr);
-        let leaf = self.leaf_mut(addr).ok_or(EINVAL)?;
-        let Body::Leaf(entries) = &mut leaf.body else {
-            return Err(EINVAL);
-        };
-        let place = entries.get_mut(slot).ok_or(EINVAL)?;
-        let new = *place == 0;
-        *place = entry;
-        leaf.home.write(store, slot, word);
-        if new {
-            leaf.count += 1;
-            self.entries += 1;
+        let mut window = self.window(addr).ok_or(EINVAL)?;
+        window.set(addr, entry, word, store)
+    }
+
+    /// The entries of the pages in the 2 MiB that `addr` is in, if no node is missing on the way.
+    pub(crate) fn window(&mut self, addr: usize) -> Option<Window<'_, H>> {
+        let covers = self.covers(addr);
+        let mut level = self.levels;
+        let mut leaf = self.root.as_deref_mut().filter(|_| covers)?;
+        while level > 1 {
+            level -= 1;
+            leaf = leaf.child_mut(slot(level, addr))?;
         }
-        Ok(())
+        Some(Window {
+            leaf,
+            entries: &mut self.entries,
+        })
     }
 
     /// Marks the entry of the page at `addr` as requested, for the device, if there is a place for
@@ -522,6 +514,40 @@ impl<H: Home> Tree<H> {
         let cleared = root.clear(top, start, end, store, retired);
         self.entries -= cleared;
         cleared
+    }
+}
+
+/// Entries that are next to each other: the way to them is walked once. Only the last bits of an address
+/// count.
+pub(crate) struct Window<'a, H: Home> {
+    leaf: &'a mut Node<H>,
+    entries: &'a mut usize,
+}
+
+impl<H: Home> Window<'_, H> {
+    /// See [`Tree::get`].
+    pub(crate) fn get(&self, addr: usize) -> u64 {
+        match &self.leaf.body {
+            Body::Leaf(entries) => entries.get(slot(0, addr)).copied().unwrap_or(0),
+            Body::Inner(_) => 0,
+        }
+    }
+
+    /// See [`Tree::set`].
+    pub(crate) fn set(&mut self, addr: usize, entry: u64, word: u64, store: &H::Store) -> Result {
+        let slot = slot(0, addr);
+        let Body::Leaf(entries) = &mut self.leaf.body else {
+            return Err(EINVAL);
+        };
+        let place = entries.get_mut(slot).ok_or(EINVAL)?;
+        let new = *place == 0;
+        *place = entry;
+        self.leaf.home.write(store, slot, word);
+        if new {
+            self.leaf.count += 1;
+            *self.entries += 1;
+        }
+        Ok(())
     }
 }
 

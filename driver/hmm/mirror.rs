@@ -651,9 +651,9 @@ impl<T: Table> Mirror<T> {
         let store = map.data().store();
         let mut mapped = 0;
         let result = self.when_stable(&look, start, seen, |state, seen| {
-            if state.tree.missing(start) > 0 {
+            let Some(mut window) = state.tree.window(start) else {
                 return Ok(());
-            }
+            };
             let mut result = Ok(());
             for (i, seen) in seen.iter().enumerate() {
                 let Some((want, pfn)) = wanted(i, *seen).zip(seen.pfn()) else {
@@ -680,11 +680,11 @@ impl<T: Table> Mirror<T> {
                 // CAST: A word.
                 let entry = entry.0 as u64;
                 let addr = start + i * PAGE_BYTES;
-                if state.tree.get(addr) != entry {
+                if window.get(addr) != entry {
                     result = map
                         .data()
                         .may_map()
-                        .and_then(|()| state.tree.set(addr, entry, word, store));
+                        .and_then(|()| window.set(addr, entry, word, store));
                     if result.is_err() {
                         break;
                     }

@@ -105,7 +105,7 @@ impl<T: Table> Mirror<T> {
             .any(|addr| Seen(state.tree.get(addr) as usize).is_exclusive()))
     }
 
-    /// The first page of `[start, end)` that has no entry for an access.
+    /// The first page of `[start, end)`, all in the same 2 MiB, that has no entry for an access.
     pub(crate) fn first_missing(
         &self,
         map: &PageMap<T>,
@@ -113,9 +113,12 @@ impl<T: Table> Mirror<T> {
         end: usize,
         access: Access,
     ) -> Result<Option<usize>> {
-        let state = self.lock(map)?;
+        let mut state = self.lock(map)?;
+        let Some(window) = state.tree.window(start) else {
+            return Ok(Some(start));
+        };
         Ok((start..end).step_by(PAGE_BYTES).find(|&addr| {
-            let entry = Seen(state.tree.get(addr) as usize);
+            let entry = Seen(window.get(addr) as usize);
             entry.pfn().is_none() || (access == Access::Write && !entry.is_writable())
         }))
     }
