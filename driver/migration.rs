@@ -184,11 +184,11 @@ pub(crate) fn move_to_system(
         }
     }
     // After the copy: a device that is there now was there then.
-    let gone = (0..reach).find_map(|i| match moved.moved(i)? {
-        Source::Device { map, .. } if cause == Cause::Evict => Some(map.data().vram.is_gone()),
+    let is_gone = |i| match moved.moved(i)? {
+        Source::Device { map, .. } => Some(map.data().vram.is_gone()),
         _ => None,
-    });
-    if gone == Some(true) {
+    };
+    if cause == Cause::Evict && (0..reach).find_map(is_gone) == Some(true) {
         outcome.lost = true;
         moved.fail(lost);
     } else {

@@ -57,10 +57,12 @@ impl Seen {
     /// Whether it is a page that KSM has merged: then it stays so as long as the mmap lock is held, or is not
     /// there any more.
     pub(crate) fn is_merged(self) -> bool {
-        self.pfn().is_some_and(|pfn| {
-            // SAFETY: Fine to call for any page frame number.
-            unsafe { bindings::hmm_gpu_is_ksm_pfn(pfn) }
-        })
+        // KSM merges pages that are mapped one by one.
+        self.order() == 0
+            && self.pfn().is_some_and(|pfn| {
+                // SAFETY: Fine to call for any page frame number.
+                unsafe { bindings::hmm_gpu_is_ksm_pfn(pfn) }
+            })
     }
 
     /// Of an entry: whether the device has the page to itself.
