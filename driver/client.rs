@@ -606,9 +606,12 @@ pub(crate) fn in_pieces(
     len: usize,
     mut piece: impl FnMut(usize, &mut [u8]) -> (usize, Result),
 ) -> Result<(usize, Result)> {
-    const PIECE: usize = 16 * PAGE_BYTES;
+    const PIECE: usize = 4 * PAGE_BYTES;
 
-    let mut buffer = KVec::from_elem(0u8, len.min(PIECE), GFP_KERNEL_ACCOUNT)?;
+    // Words are faster to fill than bytes.
+    let words = len.min(PIECE).div_ceil(size_of::<u64>());
+    let mut buffer = KVec::from_elem(0u64, words, GFP_KERNEL_ACCOUNT)?;
+    let buffer = buffer.as_mut_bytes();
     let mut done = 0;
     while done < len {
         if current!().signal_pending() {
