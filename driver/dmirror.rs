@@ -359,6 +359,39 @@ impl Call<'_> {
 
     /// The device reads `[at, end)`, which is copied to `user`, as far as there are entries.
     fn copy_out(&self, at: usize, end: usize, user: usize) -> (usize, Result) {
+        let done = match self.copy_out_at_once(at, end, user) {
+            Ok(done) => done,
+            Err(error) => return (0, Err(error)),
+        };
+        if at + done == end {
+            return (done, Ok(()));
+        }
+        let (rest, result) = self.copy_out_buffered(at + done, end, user + done);
+        (done + rest, result)
+    }
+
+    /// The same, without a buffer between, as long as that can be done. Returns how far it came.
+    fn copy_out_at_once(&self, at: usize, end: usize, user: usize) -> Result<usize> {
+        let mut done = 0;
+        while at + done < end {
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let map = self.gate().enter()?;
+            let read = self
+                .seat
+                .mirror
+                .read_to_user(&map, at + done, end, user + done)?;
+            if read == 0 {
+                break;
+            }
+            map.data().counters.device_read.add(read);
+            done += read;
+        }
+        Ok(done)
+    }
+
+    fn copy_out_buffered(&self, at: usize, end: usize, user: usize) -> (usize, Result) {
         self.in_pieces(at, end, |engine, from, bytes| {
             let (done, result) = engine.run(from, end, Operation::Read(bytes));
             let bytes = bytes.get(..done).unwrap_or_default();

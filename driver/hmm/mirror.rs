@@ -11,8 +11,8 @@
 //! were looked at, and the device's accesses are made under it. So what an entry names is there as
 //! long as the lock is held, without a reference to it.
 //!
-//! Under the lock nothing is allocated, nothing is copied from or to user space, and no other lock
-//! is taken but spinlocks: invalidations come from reclaim, and from wherever an address space
+//! Under the lock nothing is allocated, nothing is copied from or to user space but with page faults
+//! off, and no other lock is taken but spinlocks: invalidations come from reclaim, and from wherever an address space
 //! changes.
 
 mod access;

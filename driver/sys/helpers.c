@@ -128,6 +128,11 @@ int hmm_gpu_copy_mc(void *to, const void *from, size_t len)
 	return copy_mc_to_kernel(to, from, len) ? -EHWPOISON : 0;
 }
 
+bool hmm_gpu_copy_to_user_nofault(unsigned long to, const void *from, size_t len)
+{
+	return !copy_to_user_nofault((void __user *)to, from, len);
+}
+
 void hmm_gpu_mark_dirty(unsigned long pfn)
 {
 	folio_mark_dirty(page_folio(pfn_to_page(pfn)));

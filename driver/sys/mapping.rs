@@ -295,6 +295,14 @@ impl Mapping {
         Ok(())
     }
 
+    /// Reads `len` bytes at `offset` into the user's memory at `to`. Nothing is faulted in there: returns
+    /// whether all of it was there; if not, some may have been written.
+    pub(crate) fn read_to_user(&self, offset: usize, to: usize, len: usize) -> Result<bool> {
+        let from = self.at(offset, len)?;
+        // SAFETY: Inside the mapping. Where the user's memory is, is checked.
+        Ok(unsafe { bindings::hmm_gpu_copy_to_user_nofault(to, from.cast(), len) })
+    }
+
     /// Writes `from` at `offset`.
     pub(crate) fn write_bytes(&self, offset: usize, from: &[u8]) -> Result {
         let to = self.at(offset, from.len())?;

@@ -3,7 +3,7 @@
 //! What a device does to memory through a mirror's table: it reads, writes, does atomic operations, and takes
 //! pages for itself.
 
-use super::{Access, Mirror, Miss, Table};
+use super::{Access, Mirror, Miss, State, Table};
 use crate::{
     hmm::{
         folio::LockedFolio,
@@ -169,6 +169,40 @@ impl<T: Table> Mirror<T> {
         })
     }
 
+    /// The device reads whole pages from `addr` on, until `end`, into the user's memory at `user`: as long as
+    /// they are in its own memory, and what they go to is there, for nothing is faulted in. Returns how
+    /// many bytes that were; what comes next is left to [`Mirror::read`].
+    pub(crate) fn read_to_user(
+        &self,
+        map: &PageMap<T>,
+        addr: usize,
+        end: usize,
+        user: usize,
+    ) -> Result<usize> {
+        // Under the lock at a time.
+        const PAGES: usize = 16;
+
+        let state = self.lock(map)?;
+        for done in (0..PAGES * PAGE_BYTES).step_by(PAGE_BYTES) {
+            let at = addr.saturating_add(done);
+            if at >= end || end - at < PAGE_BYTES {
+                return Ok(done);
+            }
+            let mut read = false;
+            let found = self.access_locked(&state, map, at, PAGE_BYTES, Need::Read, |page| {
+                if let Page::Device { offset } = page {
+                    let store = map.data().store();
+                    read = store.read_to_user(offset, user.saturating_add(done), PAGE_BYTES)?;
+                }
+                Ok(())
+            })?;
+            if found.is_err() || !read {
+                return Ok(done);
+            }
+        }
+        Ok(PAGES * PAGE_BYTES)
+    }
+
     /// The device writes at `addr` what is in `from`, which does not go beyond the page.
     pub(crate) fn write(
         &self,
@@ -207,11 +241,23 @@ impl<T: Table> Mirror<T> {
         need: Need,
         then: impl FnOnce(Page) -> Result,
     ) -> Result<core::result::Result<(), Miss>> {
+        let state = self.lock(map)?;
+        self.access_locked(&state, map, addr, len, need, then)
+    }
+
+    fn access_locked(
+        &self,
+        state: &State<T>,
+        map: &PageMap<T>,
+        addr: usize,
+        len: usize,
+        need: Need,
+        then: impl FnOnce(Page) -> Result,
+    ) -> Result<core::result::Result<(), Miss>> {
         let offset = addr % PAGE_BYTES;
         if len > PAGE_BYTES - offset {
             return Err(EINVAL);
         }
-        let state = self.lock(map)?;
         let store = map.data().store();
         if state.tree.root().is_none() {
             return Ok(Err(Miss { word: 0 }));
