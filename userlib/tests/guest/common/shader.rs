@@ -56,6 +56,28 @@ impl<'a> Shader<'a> {
         span.check_words("the shader", &words, seed);
     }
 
+    /// Where in the VRAM the pages of a span are, all of which are in the pool and may be written to.
+    #[track_caller]
+    pub fn places(&self, span: Span) -> Vec<u64> {
+        let place = |i| {
+            let addr = span.page(i).addr;
+            let entry = self.walk(addr).filter(|entry| entry.is_writable());
+            entry.and_then(TableEntry::vram_offset)
+        };
+        let places: Vec<_> = (0..span.pages).filter_map(place).collect();
+        assert_eq!(places.len(), span.pages, "a page is missing");
+        places
+    }
+
+    /// Writes the pattern of a seed for a span to where its pages were found, whatever the table says now.
+    pub fn fill_places(&self, span: Span, places: &[u64], seed: u64) {
+        for (words, page) in span.pattern(seed).chunks(PAGE / 8).zip(places) {
+            for (word, value) in words.iter().enumerate() {
+                self.pool.store(page + word as u64 * 8, *value).unwrap();
+            }
+        }
+    }
+
     /// Writes the pattern of a seed to the pages of a span, as far as they are in the pool and may be written to. Returns how many.
     pub fn fill(&self, span: Span, seed: u64) -> usize {
         let pattern = span.pattern(seed);
