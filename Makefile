@@ -110,10 +110,23 @@ soak: ## the stress and the fuzzer for long, on the checking kernel: SECONDS=600
 hmm-tests: driver ## the kernel's own HMM suite on the driver and on the C module it was written for, side by side
 	@bench/hmm-tests/run
 
+.PHONY: bench
+bench: driver ## criterion benchmarks in the virtual GPU host: target/bench/index.html and summary.json (BENCH_QUICK=1: two minutes)
+	@bench/bench
+
+.PHONY: bench-host
+bench-host: ## the same on this host, where the driver is loaded (BENCH_ONLY='migration faults')
+	@bench/bench --host
+
 .PHONY: bench-compare
 bench-compare: driver userlib ## what the same calls cost on the driver and on that C module, by turns in one boot (some minutes)
 	@$(VM)/enter -- bench/hmm-tests/build
 	@$(VM)/run --timeout 1800 -- bench/compare/guest
+
+.PHONY: bench-instructions
+bench-instructions: driver userlib ## the same in instructions, which are as many on any machine
+	@$(VM)/enter -- bench/hmm-tests/build
+	@$(VM)/run --icount --timeout 1800 -- bench/compare/guest --rounds 1 --size 512 --size 2048 --size 16384
 
 .PHONY: clean
 clean: ## remove what was built in this clone (the cache folder stays)

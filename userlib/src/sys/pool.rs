@@ -82,9 +82,11 @@ impl PoolMapping {
         if end > self.bytes || place % align_of::<AtomicU64>() != 0 {
             return None;
         }
-        // SAFETY: inside the mapping, by the check above, and aligned, since the mapping is; it lives as long as `self`. Whoever
-        // else writes to it is no Rust code that this one shares memory with, or does so through the raw pointer on its own account.
-        Some(unsafe { AtomicU64::from_ptr(self.start.as_ptr().add(place).cast()) })
+        // SAFETY: inside the mapping, by the check above.
+        let word = unsafe { self.start.as_ptr().add(place) };
+        // SAFETY: aligned, since the mapping is; it lives as long as `self`. Whoever else writes to it is no Rust code that this one
+        // shares memory with, or does so through the raw pointer on its own account.
+        Some(unsafe { AtomicU64::from_ptr(word.cast()) })
     }
 
     pub(crate) fn load(&self, place: usize) -> Option<u64> {
