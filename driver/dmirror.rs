@@ -528,9 +528,10 @@ impl Call<'_> {
     fn snapshot(&self, command: &mut Command) -> Result {
         const BATCH: usize = WINDOW_BYTES / PAGE_BYTES;
 
-        let mut seen = KVec::from_elem(Seen::default(), BATCH, GFP_KERNEL_ACCOUNT)?;
-        let mut answers = KVec::from_elem(0u8, BATCH, GFP_KERNEL_ACCOUNT)?;
         let count = usize::try_from(self.range.pages())?;
+        let batch = BATCH.min(count);
+        let mut seen = KVec::from_elem(Seen::default(), batch, GFP_KERNEL_ACCOUNT)?;
+        let mut answers = KVec::from_elem(0u8, batch, GFP_KERNEL_ACCOUNT)?;
         let user = UserPtr::from_addr(usize::try_from(command.ptr)?);
         let mut writer = UserSlice::new(user, count).writer();
         for (start, end) in self.range.windows(self.range.start) {

@@ -19,7 +19,7 @@ mod access;
 
 use crate::{
     hmm::{
-        pagemap::{Ops, PageMap},
+        pagemap::{Ops, PageMap, MAX_ORDER},
         seen::{Seen, FLAGS, REQ_FAULT, REQ_WRITE, VALID, WRITE},
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
@@ -445,8 +445,11 @@ impl<T: Table> Mirror<T> {
         };
         // SAFETY: The lock is held and the array has a word for each page of the range.
         to_result(unsafe { bindings::hmm_range_fault(&mut range) })?;
-        for (i, seen) in seen.iter_mut().enumerate() {
-            *seen = seen.at(start + i * PAGE_BYTES);
+        // Where a range begins with a folio, the kernel is right.
+        if start % (PAGE_BYTES << MAX_ORDER) != 0 {
+            for (i, seen) in seen.iter_mut().enumerate() {
+                *seen = seen.at(start + i * PAGE_BYTES);
+            }
         }
         Ok(())
     }

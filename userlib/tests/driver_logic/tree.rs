@@ -805,6 +805,21 @@ fn empty_nodes_are_taken_out_when_there_are_too_many() {
     assert_eq!(tree.compact(0, &()).count(), 0);
 }
 
+/// Catches entries that are looked for in another node than theirs, and new ones that are not counted.
+#[test]
+fn the_entries_of_a_window_are_those_of_the_tree() {
+    let mut tree = many_leaves(2);
+    let entries = tree.entries();
+    let mut window = tree.window(PAGE).unwrap();
+    assert_eq!((window.get(0), window.get(PAGE)), (1, 0));
+    window.set(0, 5, HMM_GPU_PTE_VALID, &()).unwrap();
+    window.set(PAGE, 7, HMM_GPU_PTE_VALID, &()).unwrap();
+    assert_eq!((window.get(0), window.get(PAGE)), (5, 7));
+    assert_eq!((tree.get(0), tree.get(PAGE)), (5, 7));
+    assert_eq!(tree.entries(), entries + 1);
+    assert!(tree.window(1 << 46).is_none());
+}
+
 /// Catches a way that was made for nothing and stays, or that takes more along than what it leaves empty.
 #[test]
 fn a_way_that_was_made_for_nothing_is_taken_out() {
