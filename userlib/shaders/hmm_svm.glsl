@@ -73,6 +73,7 @@ layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer Sv
     uint capacity;      // faults that there is room for
     uint groups_x;
     uint groups_y;
+    uint64_t filter_;   // 8192 words: what was noted last, of pages that have this place
 };
 
 struct SvmFault {
@@ -206,6 +207,12 @@ void svm_miss_(uint64_t addr, uint wants, uint64_t entry, bool marked) {
     if (svm_committed_) svm_misuse_(SVM_MISUSE_LATE);
     // What was loaded after a miss leads nowhere. What somebody else has asked for need not be asked for again.
     if (svm_blind_ || (marked && svm_push.loud == 0)) return;
+    if (SVM_MODE == SVM_TABLE) {
+        // A page that many want is noted once, or a few times, also where the table has no place for a mark yet.
+        uint key = uint(addr >> 12) * 2 + (wants & SVM_FAULT_WRITE);
+        uint64_t last = SvmControl(svm_push.control).filter_ + 4 * uint64_t((key * 0x9e3779b1u) >> 19);
+        if (atomicExchange(SvmWord(last).value, key) == key) return;
+    }
     uint place = atomicAdd(outcome.faults, 1);
     if (place >= SvmControl(svm_push.control).capacity) return;
     outcome.list[place] = SvmFault(addr, wants, 0);

@@ -1,10 +1,13 @@
 //! Which device and which strategy a context gets.
 
+use std::sync::Arc;
+
 use super::context::{is_named, SvmBuilder, Translated};
 use super::doctor::available;
 use super::{Strategy, SvmContext, SvmError};
+use crate::sys::svm::driver::{self, Driver};
 use crate::sys::vulkan::{facts, Facts, Gpu, Vendor};
-use crate::Error;
+use crate::{Device, Error};
 
 /// Builds a context: the first device with the first strategy that is available, of those that were asked for.
 pub(crate) fn build(mut builder: SvmBuilder) -> Result<SvmContext, Error> {
@@ -43,11 +46,13 @@ pub(crate) fn build(mut builder: SvmBuilder) -> Result<SvmContext, Error> {
     let strategies = builder
         .strategy
         .map_or(Strategy::ALL.to_vec(), |strategy| vec![strategy]);
-    let backend = builder.backend.take();
-    let pools = if backend.is_some() {
+    let mut backend = builder.backend.take();
+    let mut device = builder.driver.take();
+    let is_wanted = strategies.contains(&Strategy::Translated);
+    let pools = if backend.is_some() || !is_wanted {
         Ok(())
     } else {
-        Err(String::from("it was given no backend"))
+        driver::usable(device.as_ref())
     };
     let mut first_reason = None;
     for strategy in strategies {
@@ -57,13 +62,21 @@ pub(crate) fn build(mut builder: SvmBuilder) -> Result<SvmContext, Error> {
                 continue;
             }
             let gpu = Gpu::open(number, builder.validation)?;
-            let translated = match backend {
-                Some(backend) if strategy == Strategy::Translated => {
-                    Some(Translated::new(&gpu, backend)?)
-                }
-                _ => None,
-            };
-            let context = SvmContext::assemble(gpu, strategy, translated, builder)?;
+            let (mut translated, mut driver) = (None, None);
+            if strategy == Strategy::Translated {
+                let backend = match backend.take() {
+                    Some(backend) => backend,
+                    None => {
+                        let device = Arc::new(device.take().map_or_else(Device::open_first, Ok)?);
+                        let pool = builder.pool_bytes;
+                        let backend = Driver::new(&device, pool, builder.deadline())?;
+                        driver = Some(device);
+                        Box::new(backend)
+                    }
+                };
+                translated = Some(Translated::new(&gpu, backend)?);
+            }
+            let context = SvmContext::assemble(gpu, strategy, translated, driver, builder)?;
             if strategy == Strategy::Native && facts.vendor != Vendor::Lavapipe {
                 probe(&context)?;
             }

@@ -8,12 +8,14 @@ use super::spirv::Module;
 use super::{choose, DispatchStats, Grid, Kernel, Shipped, Strategy, SvmBuf, SvmError};
 use crate::sys::svm::{Backend, MappedRange};
 use crate::sys::vulkan::{Buffer, Facts, Gpu, Imported, Place};
-use crate::{Error, Pod};
+use crate::{Device, Error, Pod};
 
 /// Faults that a round reports at most.
 pub(crate) const FAULTS: u32 = 8192;
 /// Where the device reads what is nowhere: zeroes, from any place in a page on for as long as a span may be, and a value.
 const NOWHERE_BYTES: usize = 4096 + 4096 + 64;
+/// A word for each place of the filter of what was noted.
+const FILTER_BYTES: usize = 4 * 8192;
 const CONTROL_BYTES: usize = 128;
 const DEADLINE_MS: u32 = 10_000;
 
@@ -45,6 +47,7 @@ pub struct SvmContext {
     registry: Arc<Registry>,
     strategy: Strategy,
     pub(crate) deadline_ms: u32,
+    driver: Option<Arc<Device>>,
     progress: Option<Box<Progress>>,
     pub(crate) gpu: Arc<Gpu>,
 }
@@ -54,6 +57,7 @@ pub(crate) struct Work {
     pub(crate) control: Buffer,
     pub(crate) outcome: Buffer,
     pub(crate) nowhere: Buffer,
+    pub(crate) filter: Buffer,
     pub(crate) args: Buffer,
     pub(crate) list: Buffer,
     /// A word an invocation. All zero whenever nothing is under way, unless a dispatch failed.
@@ -77,6 +81,7 @@ impl Work {
             control: buffer("control", CONTROL_BYTES, Place::Host)?,
             outcome: buffer("outcome", 16 + 16 * FAULTS as usize, Place::Back)?,
             nowhere: buffer("nowhere", NOWHERE_BYTES, Place::Host)?,
+            filter: buffer("filter", FILTER_BYTES, Place::Host)?,
             args: buffer("arguments", 256, Place::Host)?,
             list: buffer("groups", 1024, Place::Host)?,
             missed: buffer("missed", 4096, Place::Back)?,
@@ -140,6 +145,12 @@ impl SvmContext {
     /// The name of its Vulkan device.
     pub fn device_name(&self) -> &str {
         &self.gpu.facts.name
+    }
+
+    /// The driver's device that its pages are on, for hints ([`Device::prefetch`], [`Device::advise`]): of a translated context
+    /// that was not given a backend.
+    pub fn driver(&self) -> Option<&Device> {
+        self.driver.as_deref()
     }
 
     /// What all its dispatches did, those that did not fail.
@@ -211,6 +222,7 @@ impl SvmContext {
         gpu: Arc<Gpu>,
         strategy: Strategy,
         translated: Option<Translated>,
+        driver: Option<Arc<Device>>,
         builder: SvmBuilder,
     ) -> Result<Self, Error> {
         let context = Self {
@@ -219,7 +231,8 @@ impl SvmContext {
             total: Mutex::new(DispatchStats::new(strategy)),
             registry: Arc::default(),
             strategy,
-            deadline_ms: builder.deadline_ms.unwrap_or(DEADLINE_MS),
+            deadline_ms: builder.deadline(),
+            driver,
             progress: builder.progress,
             gpu,
         };
@@ -250,7 +263,9 @@ pub struct SvmBuilder {
     pub(crate) strategy: Option<Strategy>,
     pub(crate) validation: bool,
     pub(crate) shares_page_tables: bool,
+    pub(crate) driver: Option<Device>,
     pub(crate) backend: Option<Box<dyn Backend>>,
+    pub(crate) pool_bytes: Option<usize>,
     pub(crate) deadline_ms: Option<u32>,
     pub(crate) progress: Option<Box<Progress>>,
 }
@@ -286,7 +301,24 @@ impl SvmBuilder {
         }
     }
 
-    /// Who keeps the device page table.
+    /// The driver's device, for the strategy [`Translated`](Strategy::Translated): opened for this, since its pool has to be made
+    /// before anything else is asked of it. Otherwise the first that can be opened.
+    pub fn driver(self, driver: Device) -> Self {
+        Self {
+            driver: Some(driver),
+            ..self
+        }
+    }
+
+    /// Bytes of VRAM for the strategy [`Translated`](Strategy::Translated): a multiple of 2 MiB. Otherwise half of what is free.
+    pub fn pool_bytes(self, bytes: usize) -> Self {
+        Self {
+            pool_bytes: Some(bytes),
+            ..self
+        }
+    }
+
+    /// Who keeps the device page table, in the driver's place.
     pub fn backend(self, backend: Box<dyn Backend>) -> Self {
         Self {
             backend: Some(backend),
@@ -308,6 +340,10 @@ impl SvmBuilder {
             progress: Some(Box::new(progress)),
             ..self
         }
+    }
+
+    pub(crate) fn deadline(&self) -> u32 {
+        self.deadline_ms.unwrap_or(DEADLINE_MS)
     }
 
     /// Opens the device.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::Strategy;
 use crate::sys::vulkan::{facts, Facts, Vendor};
-use crate::Device;
+use crate::{Capabilities, Device};
 
 /// What strategies there are on a Vulkan device.
 #[derive(Clone, Debug)]
@@ -50,10 +50,10 @@ fn look(unit: u32) -> (String, Result<(), String>) {
     let described = Device::open(unit).and_then(|device| device.describe());
     match described {
         Ok(description) => {
-            let lacks = String::from(
-                "its driver has no pools: it is older, or the device's memory is coherent",
-            );
-            (description.to_string(), Err(lacks))
+            let has = description.capabilities.contains(Capabilities::POOL);
+            let lacks =
+                || String::from("it has no pools: its driver is older, or its memory is coherent");
+            (description.to_string(), has.then_some(()).ok_or_else(lacks))
         }
         Err(error) => (format!("/dev/hmm_gpu{unit}"), Err(error.to_string())),
     }

@@ -1,6 +1,7 @@
 //! What of shared virtual addressing cannot be checked: what a shader does to memory, and that a pool stays mapped.
 
 mod dispatch;
+pub(crate) mod driver;
 mod place;
 mod shipped;
 

@@ -28,6 +28,7 @@ struct Control {
     capacity: u32,
     groups_x: u32,
     groups_y: u32,
+    filter: u64,
 }
 
 /// The head of `SvmOutcome`.
@@ -188,6 +189,7 @@ impl Running<'_> {
             list: work.list.addr(),
             outcome: work.outcome.addr(),
             nowhere: work.nowhere.addr(),
+            filter: work.filter.addr(),
             capacity: FAULTS,
             groups_x: self.grid.x(),
             groups_y: self.grid.y(),
@@ -210,6 +212,9 @@ impl Running<'_> {
         let work = &mut *self.work;
         work.control.put(0, &[control]);
         work.outcome.put(0, &[Head::default()]);
+        if work.translated.is_some() {
+            work.filter.bytes_mut().fill(0);
+        }
         let (first, replay, count) = match batch.groups {
             Groups::Fresh(first, count) => (first, 0, count),
             Groups::Again(list) => {
@@ -239,7 +244,7 @@ impl Running<'_> {
             let what = MISUSE
                 .iter()
                 .enumerate()
-                .filter(|(bit, _)| head.misuse & 1 << bit != 0);
+                .filter(|(bit, _)| head.misuse & (1 << bit) != 0);
             return Err(SvmError::Misuse {
                 kernel: self.kernel.name().to_owned(),
                 what: what

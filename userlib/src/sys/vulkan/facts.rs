@@ -64,9 +64,9 @@ pub(crate) fn facts() -> Result<Vec<Facts>, Error> {
 impl Instance {
     pub(super) fn facts(&self) -> Result<Vec<Facts>, Error> {
         // SAFETY: the instance lives.
-        let all =
-            unsafe { self.raw.enumerate_physical_devices() }.map_err(refused("its devices"))?;
-        all.into_iter()
+        let all = unsafe { self.raw.enumerate_physical_devices() };
+        all.map_err(refused("its devices"))?
+            .into_iter()
             .map(|physical| self.look(physical))
             .collect()
     }

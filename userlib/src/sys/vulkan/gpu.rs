@@ -61,13 +61,14 @@ impl Instance {
                 .enabled_extension_names(&extensions)
                 .push_next(&mut features);
         }
+        let attempt = if validation {
+            "an instance with validation layers"
+        } else {
+            "an instance"
+        };
         // SAFETY: all that it points to lives.
-        let raw =
-            unsafe { entry.create_instance(&info, None) }.map_err(refused(if validation {
-                "an instance with validation layers"
-            } else {
-                "an instance"
-            }))?;
+        let raw = unsafe { entry.create_instance(&info, None) };
+        let raw = raw.map_err(refused(attempt))?;
         let mut instance = Self {
             raw,
             messages: None,
@@ -228,7 +229,7 @@ impl Gpu {
             .iter()
             .enumerate()
             .filter(|(_, kind)| kind.property_flags.contains(wanted))
-            .fold(0, |mask, (number, _)| mask | 1 << number)
+            .fold(0, |mask, (number, _)| mask | (1 << number))
     }
 }
 

@@ -23,6 +23,10 @@ pub(crate) struct Push {
     pub(crate) zero: u32,
 }
 
+/// Bytes of it.
+const PUSH_BYTES: u32 = 40;
+const _: () = assert!(size_of::<Push>() == PUSH_BYTES as usize);
+
 /// A copy from one buffer to another, all of it.
 pub(crate) struct Copy<'a> {
     pub(crate) from: &'a Buffer,
@@ -45,7 +49,7 @@ impl Pipeline {
     pub(crate) unsafe fn new(gpu: &Arc<Gpu>, words: &[u32], mode: u32) -> Result<Self, Error> {
         let ranges = [vk::PushConstantRange::default()
             .stage_flags(vk::ShaderStageFlags::COMPUTE)
-            .size(size_of::<Push>() as u32)];
+            .size(PUSH_BYTES)];
         let info = vk::PipelineLayoutCreateInfo::default().push_constant_ranges(&ranges);
         // SAFETY: all that it points to lives.
         let layout = unsafe { gpu.raw.create_pipeline_layout(&info, None) }
