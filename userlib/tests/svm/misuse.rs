@@ -132,9 +132,9 @@ fn what_cannot_be_had_is_named() {
     // SAFETY: it does not run.
     let foreign = svm(unsafe { other.dispatch(&kernel, Args::new(), 1) }.unwrap_err());
     assert!(matches!(foreign, SvmError::Foreign { .. }), "{foreign}");
+    let grid = [1 << 16, 1 << 16, 1];
     // SAFETY: as above.
-    let many =
-        svm(unsafe { one.dispatch(&kernel, Args::new(), [1 << 16, 1 << 16, 1]) }.unwrap_err());
+    let many = svm(unsafe { one.dispatch(&kernel, Args::new(), grid) }.unwrap_err());
     assert!(matches!(many, SvmError::TooMany { .. }), "{many}");
     assert!(matches!(
         one.saxpy(1.0, &[1.0], &mut []),

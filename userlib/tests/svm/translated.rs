@@ -55,6 +55,7 @@ fn atomics_happen_once_however_often_a_kernel_is_replayed() {
 #[test]
 fn lists_may_be_longer_than_the_pool() {
     let _alone = alone();
+    Lists::new(1, 20_000, 4).walk(&translated(1024));
     let lists = Lists::new(3, 5000, 9);
     let stats = lists.walk(&translated(8));
     assert!(stats.serviced_pages > 40, "{stats}");
