@@ -41,7 +41,7 @@ impl Before {
             .and_then(|()| {
                 fs::write(
                     host.path(&path),
-                    format!("{}\n{}\n", self.driver, self.told),
+                    format!("driver={}\noverride={}\n", self.driver, self.told),
                 )
             })
             .map_err(Error::of(path))
@@ -52,10 +52,13 @@ impl Before {
         let text = host
             .text(&format!("{REMEMBERED}/{bdf}"))
             .unwrap_or_default();
-        let mut lines = text.lines().map(str::to_owned);
+        let of = |name| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default().to_owned()
+        };
         Self {
-            driver: lines.next().unwrap_or_default(),
-            told: lines.next().unwrap_or_default(),
+            driver: of("driver="),
+            told: of("override="),
         }
     }
 

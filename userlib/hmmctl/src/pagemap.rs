@@ -200,7 +200,7 @@ fn runs(file: &File, vma: &Vma, ranges: &[Range]) -> io::Result<Vec<(Spot, u64)>
             let entry = entry
                 .iter()
                 .rev()
-                .fold(0, |word, byte| word << 8 | u64::from(*byte));
+                .fold(0, |word, byte| (word << 8) | u64::from(*byte));
             let spot = Spot::decode(entry, ranges);
             match runs.last_mut() {
                 Some((same, pages)) if *same == spot => *pages += 1,

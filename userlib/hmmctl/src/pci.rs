@@ -141,7 +141,7 @@ impl PciDevice {
         match self.class >> 8 {
             0x0300 => "VGA controller",
             0x0302 => "3D controller",
-            0x0300..=0x03ff => "display controller",
+            0x0301 | 0x0303..=0x03ff => "display controller",
             0x1200..=0x12ff => "accelerator",
             0x0500 => "memory",
             _ => "no GPU",
