@@ -81,7 +81,7 @@ impl Look<'_> {
         let now = self.device.counters()?;
         let work = now - self.before;
         self.before = now;
-        let mib = |pages: u64| pages * 4096 >> 20;
+        let mib = |pages: u64| (pages * 4096) >> 20;
         println!(
             "{what:<28}{:>14}{:>14}{:>16}",
             work.device_faults,

@@ -94,7 +94,7 @@ mod tests {
             .chunks(8)
             .map(|word| u64::from_ne_bytes(word.try_into().unwrap()))
             .collect();
-        assert_eq!(words, [7, from, 8 | 9 << 32, to]);
+        assert_eq!(words, [7, from, 8 | (9 << 32), to]);
         assert_eq!(args.reaches.len(), 2);
     }
 }

@@ -327,8 +327,8 @@ mod tests {
             let lane = of.iter().position(|&missed| missed).unwrap_or(0);
             Left {
                 group,
-                count: count as u32,
-                lane: lane as u32,
+                count: u32::try_from(count).unwrap(),
+                lane: u32::try_from(lane).unwrap(),
             }
         }
 

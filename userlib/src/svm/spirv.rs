@@ -168,7 +168,7 @@ mod tests {
             let _ = Module::parse(&whole[..len]);
         }
         for at in 0..whole.len() {
-            for word in [0, 1, 0xffff_ffff, 17 | 2 << 16] {
+            for word in [0, 1, 0xffff_ffff, 17 | (2 << 16)] {
                 let mut spoilt = whole.clone();
                 spoilt[at] = word;
                 let _ = Module::parse(&spoilt);
@@ -184,7 +184,7 @@ mod tests {
         let mut other = shipped();
         let at = other
             .windows(4)
-            .position(|w| w[0] == (OP_DECORATE | 4 << 16) && w[2] == SPEC_ID && w[3] == 0)
+            .position(|w| w[0] == (OP_DECORATE | (4 << 16)) && w[2] == SPEC_ID && w[3] == 0)
             .unwrap();
         other[at + 3] = 7;
         let error = Module::parse(&other).unwrap_err().to_string();

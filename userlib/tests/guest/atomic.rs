@@ -909,7 +909,7 @@ fn no_update_is_lost_whatever_goes_on() {
                 .iter()
                 .all(|steps| steps.load(Ordering::Relaxed) >= least)
         };
-        while begun.elapsed() < TURMOIL || (!enough() && begun.elapsed() < 15 * TURMOIL) {
+        while begun.elapsed() < TURMOIL || (!enough() && begun.elapsed() < 60 * TURMOIL) {
             if threads.iter().any(|thread| thread.is_finished()) {
                 break;
             }

@@ -95,14 +95,11 @@ impl Home for Place {
 
     fn write(&self, store: &Memory, slot: usize, word: u64) {
         assert!(slot < PAGE / 8);
+        let words = store.page(self.number).cast::<u64>();
         // SAFETY: the word is in the page.
-        unsafe {
-            store
-                .page(self.number)
-                .cast::<u64>()
-                .add(slot)
-                .write_volatile(word)
-        };
+        let at = unsafe { words.add(slot) };
+        // SAFETY: as above, and aligned, since the page is.
+        unsafe { at.write_volatile(word) };
     }
 
     fn fence(_: &Memory) {}
