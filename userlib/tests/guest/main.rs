@@ -37,7 +37,6 @@ mod samples;
 mod stock_tools;
 mod stress;
 mod survive;
-mod svm;
 mod table;
 mod teardown;
 mod traced;
