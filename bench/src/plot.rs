@@ -54,7 +54,12 @@ impl Axis {
                 (from..=to).map(|power| 2f64.powi(power)).collect()
             }
             Scale::Linear => {
-                let rough = (most - least).max(f64::MIN_POSITIVE) / 5.0;
+                let span = if most > least {
+                    most - least
+                } else {
+                    least.abs().max(1.0)
+                };
+                let rough = span / 5.0;
                 let power = 10f64.powf(rough.log10().floor());
                 let step = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power);
                 let step = *step.iter().find(|step| **step >= rough).unwrap_or(&rough);
