@@ -193,7 +193,8 @@ fn runs(file: &File, vma: &Vma, ranges: &[Range]) -> io::Result<Vec<(Spot, u64)>
             usize::try_from((last - page) * 8).map_or(buffer.len(), |n| n.min(buffer.len()));
         let got = file.read_at(&mut buffer[..wanted], page * 8)? / 8;
         if got == 0 {
-            // The kernel's own page at the end of the addresses.
+            // The kernel's own page at the end of the addresses, of which some kernels tell nothing.
+            runs.push((Spot::Nowhere, last - page));
             break;
         }
         for entry in buffer[..got * 8].chunks_exact(8) {
