@@ -69,9 +69,9 @@ impl<'a> Shader<'a> {
         places
     }
 
-    /// Writes the pattern of a seed for a span to where its pages were found, whatever the table says now.
-    pub fn fill_places(&self, span: Span, places: &[u64], seed: u64) {
-        for (words, page) in span.pattern(seed).chunks(PAGE / 8).zip(places) {
+    /// Writes words to pages where they were found, whatever the table says now.
+    pub fn fill_places(&self, places: &[u64], words: &[u64]) {
+        for (words, page) in words.chunks(PAGE / 8).zip(places) {
             for (word, value) in words.iter().enumerate() {
                 self.pool.store(page + word as u64 * 8, *value).unwrap();
             }
