@@ -175,6 +175,23 @@ impl Counters {
         all.into_iter().for_each(Counter::clear);
     }
 
+    /// The pages of device page tables that were taken and not freed, at one moment: whoever reads two numbers may be stopped between
+    /// them for as long as others need to change them a thousand times.
+    fn table_pages(&self) -> u64 {
+        const ATTEMPTS: usize = 8;
+
+        let mut pages = 0;
+        for _ in 0..ATTEMPTS {
+            // In this order, so that the difference is not negative.
+            let freed = self.tables_freed.get();
+            pages = self.tables_taken.get().saturating_sub(freed);
+            if self.tables_freed.get() == freed {
+                break;
+            }
+        }
+        pages
+    }
+
     /// Their values now, with `live` pages of VRAM in use.
     pub(crate) fn read(&self, live: usize) -> hmm_gpu_counters {
         hmm_gpu_counters {
@@ -196,11 +213,7 @@ impl Counters {
             device_faults: self.device_faults.get(),
             mapped_pages: self.mapped.get(),
             invalidations: self.invalidations.get(),
-            // In this order, so that the difference is not negative.
-            table_pages: {
-                let freed = self.tables_freed.get();
-                self.tables_taken.get().saturating_sub(freed)
-            },
+            table_pages: self.table_pages(),
             device_read_bytes: self.device_read.get(),
             device_written_bytes: self.device_written.get(),
             from_other_pages: self.from_other.get(),

@@ -73,6 +73,8 @@ pub(crate) struct Service<'a> {
     request: Option<Request<'a>>,
     /// There was no room for all.
     full: bool,
+    /// How often a page of the window was not there after a second of asking for it.
+    busy: usize,
     seen: KVec<Seen>,
     /// The pages of the window, from its first address on.
     pub(crate) window: KVec<Page>,
@@ -91,6 +93,7 @@ impl<'a> Service<'a> {
             policy,
             request: None,
             full: false,
+            busy: 0,
             seen: KVec::from_elem(Seen::default(), WINDOW, GFP_KERNEL)?,
             window: KVec::from_elem(Page::Idle, WINDOW, GFP_KERNEL)?,
         })
@@ -147,6 +150,7 @@ impl<'a> Service<'a> {
         const MIGRATE_ATTEMPTS: usize = 4;
         const ATTEMPTS: usize = 256;
 
+        self.busy = 0;
         self.refuse_beyond(base);
         for attempt in 0..ATTEMPTS {
             if !self.is_wanted() {
@@ -454,10 +458,17 @@ impl<'a> Service<'a> {
 
     /// Faulting in page `i`, at `addr`, has failed; `alone` if it was asked for alone.
     fn not_in(&mut self, addr: usize, i: usize, alone: bool, error: Error) -> Result {
+        // The second may have passed without anything that changed, where a processor does not get to run.
+        const SECONDS: usize = 4;
+
         if error == EINTR {
             return Err(error);
         }
         if !alone {
+            return Ok(());
+        }
+        if error == EBUSY && self.busy < SECONDS {
+            self.busy += 1;
             return Ok(());
         }
         let error = if error == EPERM || (error == EFAULT && self.is_forbidden(addr)?) {

@@ -147,7 +147,10 @@ fn who_waits(event: &Event, ends: bool) {
     // The 300 that are looked at, and what is touched.
     let stays = [area.part(0, 300), area.part(360, 240)];
     // Before it begins: who asks for memory in an execution waits for who waits for that.
-    let (early, late) = (stays.map(|it| it.pattern(9)), stays.map(|it| it.pattern(seed)));
+    let (early, late) = (
+        stays.map(|it| it.pattern(9)),
+        stays.map(|it| it.pattern(seed)),
+    );
     let (begun, worked, done) = Default::default();
     let is_set = |flag: &AtomicBool| flag.load(Ordering::Acquire);
     let set = |flag: &AtomicBool| flag.store(true, Ordering::Release);

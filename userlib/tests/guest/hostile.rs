@@ -379,8 +379,20 @@ fn what_cannot_be_mapped_takes_no_vram() {
     let one_page = file(1, 3);
     beyond.0.map_over(R, libc::MAP_SHARED, one_page.as_raw_fd());
     let cases = [
-        ("unmapped", NOWHERE, 65536, Access::Read, Errno::FAULT),
-        ("closed", closed.0.addr, 16384, Access::Write, Errno::ACCESS),
+        (
+            "unmapped",
+            NOWHERE,
+            rounds(65536),
+            Access::Read,
+            Errno::FAULT,
+        ),
+        (
+            "closed",
+            closed.0.addr,
+            rounds(16384),
+            Access::Write,
+            Errno::ACCESS,
+        ),
         (
             "read-only",
             read_only.0.addr,
