@@ -220,7 +220,7 @@ fn what_was_not_used_for_longest_goes_first() {
 #[test]
 fn a_greedy_client_leaves_the_others_their_share() {
     for share in [100, 0] {
-        let driver = Driver::load(&format!("{} fair_share={share}", little()));
+        let driver = Driver::load(&format!("soft=1 soft_mib=16 fair_share={share}"));
         let device = Device::open(0).unwrap();
         let pages = room(&device);
         let modest = Area::filled(pages / 4, 1);
