@@ -4,6 +4,8 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_stress`. `HMM_GPU_SEED` names another sequence, `HMM_GPU_STRESS_SECONDS` how long.
 
+mod pool;
+
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -40,7 +42,7 @@ const GPU_UNIT: usize = 1;
 const TOO_LONG: Duration = Duration::from_secs(60);
 
 /// What a thread does in a step.
-const DEEDS: [(&str, usize); 28] = [
+const DEEDS: [(&str, usize); 29] = [
     ("write", 12),
     ("check", 12),
     ("write alike", 2),
@@ -69,6 +71,7 @@ const DEEDS: [(&str, usize); 28] = [
     ("advice", 3),
     ("snapshot", 3),
     ("describe", 2),
+    ("execute", 8),
     ("reopen", 1),
 ];
 const WITHOUT_DEVICE: usize = 14;
@@ -377,6 +380,8 @@ struct Worker<'a> {
     random: Random,
     /// The soft device, and the GPU while it is there.
     devices: [Option<Device>; 2],
+    /// A pool of its own on each of them.
+    clients: [Option<pool::Client>; 2],
     /// The pieces of all threads, which any of them may move.
     everyone: &'a [Span],
     plots: Vec<Option<Plot>>,
@@ -434,6 +439,7 @@ impl Worker<'_> {
             if order == CLOSE && !closed {
                 self.end_heir();
                 self.devices = [None, None];
+                self.clients = [None, None];
                 closed = true;
             }
             let deeds = if closed {
@@ -535,6 +541,7 @@ impl Worker<'_> {
                 exec();
                 Some(plot.area.page(0))
             }
+            "execute" => self.execute(plot),
             _ => self.device_step(deed, plot),
         };
         did.inspect(|span| plot.tell(deed, *span)).is_some()
@@ -944,6 +951,7 @@ fn process(board: &'static Board, process: usize, seed: u64, abrupt: bool) {
     let plots: Vec<Vec<Plot>> = (0..THREADS)
         .map(|_| (0..PLOTS).map(|_| Plot::new()).collect())
         .collect();
+    pool::survive_sigbus();
     let everyone: Vec<Span> = plots.iter().flatten().map(|plot| *plot.area).collect();
     std::thread::scope(|scope| {
         for (thread, plots) in plots.into_iter().enumerate() {
@@ -955,6 +963,7 @@ fn process(board: &'static Board, process: usize, seed: u64, abrupt: bool) {
                     thread,
                     random: Random::new(mix(seed ^ thread as u64)),
                     devices: [None, None],
+                    clients: [None, None],
                     everyone,
                     plots: plots.into_iter().map(Some).collect(),
                     written: 0,
@@ -1070,7 +1079,7 @@ fn whatever_happens_every_byte_is_where_it_belongs() {
     let usual = if is_checking() { 60 } else { 100 };
     let time = asked_seconds().unwrap_or(Duration::from_secs(usual));
     let swap = Swap::on();
-    let mut driver = Driver::load("soft=1 soft_mib=8 fault_around=64 bounce_ms=20");
+    let mut driver = Driver::load("soft=1 soft_mib=12 fault_around=64 bounce_ms=20");
     let soft = Device::open(0).unwrap();
     drop(driver.bind(GPU));
     ksm("pages_to_scan", "2000");

@@ -14,7 +14,11 @@ pub struct Shader<'a> {
 
 impl<'a> Shader<'a> {
     pub fn new(device: &Device, pool: &'a Pool) -> Self {
-        let table = device.mirror().unwrap();
+        Self::of(&device.mirror().unwrap(), pool)
+    }
+
+    /// The same, of a device that has said what it has to say.
+    pub fn of(table: &MirrorInfo, pool: &'a Pool) -> Self {
         Self {
             pool,
             root: table.root_offset,
