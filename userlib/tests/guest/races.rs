@@ -5,11 +5,13 @@
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::common::driver::{assert_empty, Driver, GPUS};
+use crate::common::kernel::{self, Entry};
 use crate::common::memory::{Area, Span, HUGE, PAGE};
 use crate::common::random::Random;
-use crate::common::{eventually, places, rounds};
+use crate::common::{eventually, patience, places, rounds};
 use hmm_gpu::{Device, Errno, Target};
 
 /// Moves what can be moved; a range that is being unmapped may be empty by then.
@@ -170,6 +172,80 @@ fn merged_pages_stay_in_system_memory() {
     check(&first);
     ksm("run", "0");
     drop((first, second));
+    assert_empty(&device);
+    drop(device);
+    driver.finish();
+}
+
+/// Catches a driver that collects a page while ksmd merges it: ksmd tells the reverse map late where the page is, the migration entry in
+/// its place is never taken away, and who touches it waits for ever.
+///
+/// Each round is a chance: that the two meet at the page that ksmd has in its hands. It has it for longer when that is traced, with the stack.
+#[test]
+fn what_ksmd_merges_meanwhile_can_be_touched() {
+    const KSM: &str = "/sys/kernel/mm/ksm";
+    const TRACE: &str = "/sys/kernel/tracing/events/ksm/ksm_merge_with_ksm_page/trigger";
+    const PAGES: usize = 96;
+    const ALIKE: usize = 8;
+
+    let ksm = |file: &str, text: &str| fs::write(format!("{KSM}/{file}"), text).unwrap();
+    let driver = Driver::load("soft=1 soft_mib=8");
+    let device = Device::open(0).unwrap();
+    let area = Area::new(PAGES);
+    area.advise(libc::MADV_NOHUGEPAGE).unwrap();
+    let alike = |i: usize| Span::new(area.page(i).addr, 1);
+    let seed = |i: usize| 100 + (i % ALIKE) as u64;
+    (0..PAGES).for_each(|i| alike(i).fill(seed(i)));
+    area.advise(libc::MADV_MERGEABLE).unwrap();
+    let entries = |pages: usize| kernel::pagemap(std::process::id(), area.addr, pages);
+    kernel::mount_tracing();
+    fs::write(TRACE, "stacktrace").unwrap();
+    for (file, text) in [
+        ("pages_to_scan", "20000"),
+        ("sleep_millisecs", "0"),
+        ("smart_scan", "0"),
+        ("run", "1"),
+    ] {
+        ksm(file, text);
+    }
+    let (mut moved, mut skipped) = (0, 0);
+    for _ in 0..rounds(30) {
+        // All of them are merged or in VRAM, and written to they are neither.
+        for i in 0..PAGES {
+            let word = area.page(i).addr as *mut u64;
+            // SAFETY: the page is the test's own.
+            unsafe { word.write_volatile(word.read_volatile()) };
+        }
+        let begin = Instant::now();
+        let is_at_work = || {
+            let first = entries(2 * ALIKE);
+            first[..ALIKE] == first[ALIKE..]
+        };
+        while !is_at_work() {
+            let late = begin.elapsed() > patience(Duration::from_secs(20));
+            assert!(!late, "ksmd does not merge");
+        }
+        let answer = device.prefetch_range(area.addr, area.bytes(), Target::Device);
+        let answer = answer.unwrap();
+        (moved, skipped) = (moved + answer.moved, skipped + answer.skipped);
+        eventually("no page is on its way", || {
+            !entries(PAGES).contains(&Entry::Migrating)
+        });
+    }
+    println!("{moved} bytes moved, {skipped} skipped");
+    assert!(moved > 0 && skipped > 0, "the two have never met");
+    (0..PAGES).for_each(|i| alike(i).check(seed(i)));
+    for (file, text) in [
+        ("run", "2"),
+        ("run", "0"),
+        ("smart_scan", "1"),
+        ("sleep_millisecs", "20"),
+    ] {
+        ksm(file, text);
+    }
+    fs::write(TRACE, "!stacktrace").unwrap();
+    (0..PAGES).for_each(|i| alike(i).check(seed(i)));
+    drop(area);
     assert_empty(&device);
     drop(device);
     driver.finish();
