@@ -214,7 +214,9 @@ fn what_ksmd_merges_meanwhile_can_be_touched() {
         for i in 0..PAGES {
             let word = area.page(i).addr as *mut u64;
             // SAFETY: the page is the test's own.
-            unsafe { word.write_volatile(word.read_volatile()) };
+            let same = unsafe { word.read_volatile() };
+            // SAFETY: the same.
+            unsafe { word.write_volatile(same) };
         }
         let begin = Instant::now();
         let is_at_work = || {

@@ -21,7 +21,9 @@ thread_local! {
 /// Has a page of zeroes be where a pool was that a thread touches: so it goes on, and finds no entries.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel hands over what it says.
-    let addr = unsafe { (*info).si_addr() } as usize;
+    let info = unsafe { &*info };
+    // SAFETY: of this signal it says the address.
+    let addr = unsafe { info.si_addr() } as usize;
     let (start, bytes) = MAPPED.get();
     let page = (addr & !(PAGE - 1)) as *mut libc::c_void;
     let flags = ANONYMOUS | libc::MAP_FIXED;
@@ -76,7 +78,7 @@ impl Client {
     }
 
     /// Asserts that nothing can be had of a pool whose device is unbound.
-    fn is_gone(self) {
+    fn has_gone(self) {
         self.guard();
         let begin = Instant::now();
         while !IS_GONE.get() {
@@ -111,7 +113,7 @@ impl Worker<'_> {
             let gone = which == GPU_UNIT && error == Errno::NODEV;
             assert!(gone || may.contains(&error), "device {which}: {error}");
             if gone {
-                client.is_gone();
+                client.has_gone();
                 return None;
             }
         }
