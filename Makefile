@@ -78,6 +78,10 @@ uninstall: ## remove what install has put there, of this kernel release
 doc: prepare ## the book of Documentation/ and what the crate says of itself (target/doc)
 	@$(VM)/enter -- bench/doc
 
+.PHONY: shaders
+shaders: prepare ## compile the library's shaders (userlib/shaders/*.spv), which are kept in the repository
+	@$(VM)/enter -- userlib/shaders/build
+
 .PHONY: demo
 demo: driver userlib ## load the driver in the virtual GPU host, bind a GPU, move memory there and back, show it
 	@$(VM)/run --timeout 120 -- bench/vm/demo

@@ -102,6 +102,11 @@ pub enum Error {
         to: usize,
     },
 
+    /// Shared virtual addressing with Vulkan.
+    #[cfg(feature = "vulkan")]
+    #[error(transparent)]
+    Svm(#[from] crate::SvmError),
+
     /// There is no system memory, or no room in the address space.
     #[error("cannot have {values} values of {value_bytes} bytes: {errno}")]
     Memory {

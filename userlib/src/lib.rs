@@ -84,6 +84,8 @@ mod range;
 mod residency;
 mod shared;
 mod snapshot;
+#[cfg(feature = "vulkan")]
+mod svm;
 #[allow(unsafe_code)]
 pub mod sys;
 #[cfg(test)]
@@ -118,4 +120,12 @@ pub use prefetch::Prefetch;
 pub use range::{Bytes, PageRange};
 pub use residency::{Counts, Page, Place, Residency};
 pub use shared::{Alignment, SharedBuf};
+#[cfg(feature = "vulkan")]
+pub use svm::{
+    doctor, Args, Diagnosis, DispatchStats, Doctor, Grid, Kernel, Miss, Shipped, Strategy, SvmBuf,
+    SvmBuilder, SvmContext, SvmError,
+};
+#[cfg(feature = "vulkan")]
+pub use sys::svm::{Backend, PoolMemory, TableRoot};
+
 pub use snapshot::{Mirrored, Snapshot, SnapshotPage};

@@ -8,6 +8,12 @@ mod access;
 mod atomic;
 pub(crate) mod mapping;
 pub(crate) mod pool;
+#[cfg(feature = "vulkan")]
+pub(crate) mod reach;
+#[cfg(feature = "vulkan")]
+pub(crate) mod svm;
+#[cfg(feature = "vulkan")]
+pub(crate) mod vulkan;
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -37,6 +37,7 @@ mod samples;
 mod stock_tools;
 mod stress;
 mod survive;
+mod svm;
 mod table;
 mod teardown;
 mod traced;

@@ -1,0 +1,251 @@
+//! Kernels on the driver: pages in VRAM while they run, faults that the driver services, and more data than VRAM.
+//!
+//! Runs in the virtual GPU host: `bench/test guest_svm`. Lavapipe is the Vulkan device: what its shaders do, threads of this process do.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hmm_gpu::{Device, Error, Place, Strategy, SvmContext, SvmError, Target};
+
+use crate::common::child::Child;
+use crate::common::driver::{counters, Driver, GPUS};
+use crate::common::memory::{Area, PAGE};
+use crate::common::{places, Stop};
+
+const MIB: usize = 1 << 20;
+
+/// The root is read-only: what lavapipe compiles is kept elsewhere, for the other tests.
+fn cache() {
+    std::env::set_var("MESA_SHADER_CACHE_DIR", "/tmp/mesa");
+}
+
+fn translated(device: Device, mib: usize) -> SvmContext {
+    cache();
+    SvmContext::builder()
+        .strategy(Strategy::Translated)
+        .driver(device)
+        .pool_bytes(mib * MIB)
+        .build()
+        .unwrap()
+}
+
+/// Two arrays with pages of their own.
+struct Arrays {
+    x: Area,
+    y: Area,
+}
+
+impl Arrays {
+    fn new(pages: usize) -> Self {
+        let arrays = Self {
+            x: Area::new(pages),
+            y: Area::new(pages),
+        };
+        arrays
+            .slice(&arrays.x)
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, x)| *x = (i % 1000) as f32);
+        arrays
+            .slice(&arrays.y)
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, y)| *y = (i % 777) as f32);
+        arrays
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    fn slice(&self, area: &Area) -> &mut [f32] {
+        // SAFETY: an area is this value's own, page aligned, and the tests have one such slice of each at a time.
+        unsafe { std::slice::from_raw_parts_mut(area.addr as *mut f32, area.bytes() / 4) }
+    }
+
+    fn saxpy(&self, context: &SvmContext) -> hmm_gpu::DispatchStats {
+        context
+            .saxpy(3.0, self.slice(&self.x), self.slice(&self.y))
+            .unwrap()
+    }
+
+    /// Asserts every element, after so many of them.
+    #[track_caller]
+    fn check(&self, times: usize) {
+        for (i, y) in self.slice(&self.y).iter().enumerate() {
+            assert_eq!(*y, (3 * times * (i % 1000) + i % 777) as f32, "element {i}");
+        }
+        for (i, x) in self.slice(&self.x).iter().enumerate() {
+            assert_eq!(*x, (i % 1000) as f32, "element {i} of what is read only");
+        }
+    }
+}
+
+/// Catches a kernel that works on a copy, or on system memory: its pages are in VRAM when it is done, and a second run has no fault.
+#[test]
+fn pages_are_in_vram_where_a_kernel_used_them() {
+    let driver = Driver::load("soft=1 soft_mib=64");
+    let context = translated(Device::open(0).unwrap(), 16);
+    let arrays = Arrays::new(200);
+    let cold = arrays.saxpy(&context);
+    assert_eq!(cold.bytes_in, 400 * PAGE as u64, "{cold}");
+    let device = context.driver().unwrap();
+    for area in [&arrays.x, &arrays.y] {
+        assert!(places(device, **area).all(Place::Device));
+    }
+    let warm = arrays.saxpy(&context);
+    assert_eq!((warm.rounds, warm.faults), (1, 0), "{warm}");
+    arrays.check(2);
+    // The CPU has touched all: it is home, and comes again.
+    assert!(arrays.saxpy(&context).faults > 0);
+    arrays.check(3);
+    // Asked for ahead, it is there.
+    for area in [&arrays.x, &arrays.y] {
+        device
+            .prefetch_range(area.addr, area.bytes(), Target::Device)
+            .unwrap();
+    }
+    let prefetched = arrays.saxpy(&context);
+    println!("{cold}\n{warm}\n{prefetched}");
+    arrays.check(4);
+    drop((context, arrays));
+    driver.finish();
+}
+
+/// Catches bytes that are lost where pages make room for others between rounds, on a BAR too; and atomics that are done again.
+#[test]
+fn data_may_be_larger_than_the_pool() {
+    let mut driver = Driver::load("soft=1 soft_mib=64");
+    let gpu = driver.bind(GPUS[2]);
+    for device in [Device::open(0).unwrap(), gpu] {
+        let context = translated(device, 4);
+        // Twice eight MiB.
+        let arrays = Arrays::new(2048);
+        let stats = arrays.saxpy(&context);
+        println!("{stats}");
+        assert!(stats.serviced_pages >= 4096 && stats.rounds > 4, "{stats}");
+        arrays.check(1);
+        drop(arrays);
+
+        // In pages of its own, which go when it does.
+        let area = Area::new(2048);
+        // SAFETY: the area is this test's own, begins at a page, and is long enough.
+        let words = unsafe { std::slice::from_raw_parts_mut(area.addr as *mut u32, 2 * MIB) };
+        for (i, word) in (0..).zip(words.iter_mut()) {
+            *word = u32::wrapping_mul(i, 2_654_435_761) >> 7;
+        }
+        let mut expected = Box::new([0_u32; 256]);
+        words
+            .iter()
+            .for_each(|word| expected[(word & 255) as usize] += 1);
+        let counts = Area::new(1);
+        // SAFETY: the area is this test's own, begins at a page, and is long enough.
+        let to = unsafe { &mut *(counts.addr as *mut [u32; 256]) };
+        println!("{}", context.histogram(words, to).unwrap());
+        assert_eq!(*to, *expected);
+    }
+    driver.finish();
+}
+
+/// Catches a page that is shared with a forked child, and is changed for it too, or does not come at all.
+#[test]
+fn what_a_fork_shares_becomes_ones_own() {
+    let driver = Driver::load("soft=1 soft_mib=64");
+    let context = translated(Device::open(0).unwrap(), 16);
+    let arrays = Arrays::new(20);
+    arrays.saxpy(&context);
+    let mut child = Child::fork(|link| {
+        link.receive();
+        arrays.check(1);
+    });
+    arrays.saxpy(&context);
+    child.send(0);
+    child.finish();
+    arrays.check(2);
+    drop((context, arrays));
+    driver.finish();
+}
+
+/// Catches work that is spoilt, or does not end, while the CPU uses other memory, and now and then the same.
+#[test]
+fn the_cpu_goes_on_meanwhile() {
+    let driver = Driver::load("soft=1 soft_mib=64");
+    let context = translated(Device::open(0).unwrap(), 8);
+    let (arrays, others) = (Arrays::new(100), Area::new(100));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let touches = scope.spawn(|| {
+            let mut rounds = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                others.fill(rounds);
+                // SAFETY: the word is in the area; what is read is not looked at.
+                unsafe {
+                    (arrays.x.addr as *const u32)
+                        .add(rounds as usize % 1000)
+                        .read_volatile()
+                };
+                rounds += 1;
+            }
+            rounds
+        });
+        {
+            let _stop = Stop(&stop);
+            for _ in 0..5 {
+                println!("{}", arrays.saxpy(&context));
+            }
+        }
+        assert!(touches.join().unwrap() > 0);
+    });
+    arrays.check(5);
+    drop((context, arrays, others));
+    driver.finish();
+}
+
+/// Catches memory that can never be in VRAM and is taken for something else; and a context that is of no use after it.
+#[test]
+fn memory_that_cannot_be_in_vram_is_named() {
+    let driver = Driver::load("soft=1 soft_mib=64");
+    let context = translated(Device::open(0).unwrap(), 8);
+    let shared = Area::shared(4);
+    // SAFETY: the area is this test's own, and begins at a page.
+    let x = unsafe { std::slice::from_raw_parts(shared.addr as *const f32, shared.bytes() / 4) };
+    let arrays = Arrays::new(4);
+    let error = context.saxpy(1.0, x, arrays.slice(&arrays.y)).unwrap_err();
+    let Error::Svm(SvmError::NotInVram { addr, why, .. }) = error else {
+        panic!("{error}")
+    };
+    assert!(
+        (shared.addr..shared.addr + shared.bytes()).contains(&addr) && why.contains("shared"),
+        "{addr:#x}: {why}"
+    );
+    arrays.saxpy(&context);
+    arrays.check(1);
+    drop((context, arrays, shared));
+    driver.finish();
+}
+
+/// Catches a native device that does not bring pages home, or that sees something else than they hold: what shares the CPU's page tables
+/// makes the CPU's faults.
+#[test]
+fn a_native_kernel_brings_pages_home() {
+    cache();
+    let driver = Driver::load("soft=1 soft_mib=64");
+    let device = Device::open(0).unwrap();
+    let context = SvmContext::builder()
+        .strategy(Strategy::Native)
+        .build()
+        .unwrap();
+    let arrays = Arrays::new(100);
+    arrays.saxpy(&context);
+    for area in [&arrays.x, &arrays.y] {
+        device
+            .prefetch_range(area.addr, area.bytes(), Target::Device)
+            .unwrap();
+        assert!(places(&device, **area).all(Place::Device));
+    }
+    let before = counters(&device).fault_back_pages;
+    arrays.saxpy(&context);
+    assert_eq!(counters(&device).fault_back_pages - before, 200);
+    arrays.check(2);
+    let doctor = hmm_gpu::doctor().to_string();
+    println!("{doctor}");
+    assert!(doctor.contains("translated available"), "{doctor}");
+    drop((context, arrays, device));
+    driver.finish();
+}

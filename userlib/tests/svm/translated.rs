@@ -1,0 +1,122 @@
+//! Fault and replay, over a pool that is smaller than the data.
+
+use hmm_gpu::{Args, Error, Strategy, SvmError};
+
+use crate::data::{alone, bfs, compiled, context, has_vulkan, saxpy, tree, words, Lists};
+
+fn translated(pages: usize) -> hmm_gpu::SvmContext {
+    context(Strategy::Translated, pages)
+}
+
+/// Catches faults that are not dropped by servicing them, and stale pages.
+#[test]
+fn what_is_there_needs_no_fault() {
+    let _alone = alone();
+    let context = translated(1024);
+    let x = vec![1.0_f32; 100_000];
+    let mut y = vec![2.0_f32; 100_000];
+    let cold = context.saxpy(3.0, &x, &mut y).unwrap();
+    // 98 pages and a part of each, or two parts, as they lie.
+    assert!((196..=200).contains(&cold.serviced_pages), "{cold}");
+    assert_eq!(cold.rounds, 2, "{cold}");
+    y.fill(7.0);
+    let warm = context.saxpy(3.0, &x, &mut y).unwrap();
+    assert_eq!((warm.rounds, warm.faults), (1, 0), "{warm}");
+    assert!(y.iter().all(|&y| y == 10.0));
+}
+
+/// Catches elements that are lost where pages leave between rounds.
+#[test]
+fn data_may_be_larger_than_the_pool() {
+    let _alone = alone();
+    for pages in [16, 40] {
+        let context = translated(pages);
+        let stats = saxpy(&context, 70_000);
+        assert!(
+            stats.serviced_pages > 3 * pages as u64 && stats.rounds > 3,
+            "{stats}"
+        );
+        println!("{pages} pages: {stats}");
+    }
+}
+
+/// Catches an atomic operation that is done again in a replay.
+#[test]
+fn atomics_happen_once_however_often_a_kernel_is_replayed() {
+    let _alone = alone();
+    let context = translated(16);
+    for _ in 0..2 {
+        words(&context, 30_000);
+    }
+    assert!(context.stats().rounds > 12, "{}", context.stats());
+}
+
+/// Catches a walk that begins anew at each miss, and so never gets through a list that is longer than the pool.
+#[test]
+fn lists_may_be_longer_than_the_pool() {
+    let _alone = alone();
+    Lists::new(1, 20_000, 4).walk(&translated(1024));
+    let lists = Lists::new(3, 5000, 9);
+    let stats = lists.walk(&translated(8));
+    assert!(stats.serviced_pages > 40, "{stats}");
+    println!("{stats}");
+}
+
+#[test]
+fn what_does_not_fit_together_runs_one_after_the_other() {
+    let _alone = alone();
+    let context = translated(12);
+    tree(&context, 200);
+    bfs(&context, 300);
+    assert!(context.stats().rounds > 10, "{}", context.stats());
+}
+
+/// Catches a replay without an end, and an error where there is room.
+#[test]
+fn an_invocation_that_needs_more_than_the_pool_is_an_error() {
+    let _alone = alone();
+    if !has_vulkan() {
+        return;
+    }
+    let words = vec![1_u32; 40 * 1024];
+    for (pages, fits) in [(41, true), (24, false)] {
+        let context = translated(pages);
+        let kernel = compiled(&context, "greedy").unwrap();
+        let mut sums = vec![0_u32; 64];
+        let args = Args::new().read(&words).write(&mut sums).value(32_u32);
+        // SAFETY: it reads a word of each of the first 32 pages for each of 64 invocations, which are there.
+        let result = unsafe { context.dispatch(&kernel, args, 1) };
+        if fits {
+            result.unwrap();
+            assert_eq!(sums, [32; 64]);
+        } else {
+            let error = result.unwrap_err();
+            assert!(
+                matches!(error, Error::Svm(SvmError::Stuck { pages: 24, .. })),
+                "{error}"
+            );
+            assert_eq!(sums, [0; 64]);
+        }
+    }
+}
+
+/// Catches memory that can never be in VRAM and is taken for something else.
+#[test]
+fn memory_that_cannot_be_in_vram_is_named() {
+    let _alone = alone();
+    static FILE: [f32; 5000] = [1.0; 5000];
+    let context = translated(64);
+    let mut y = vec![0.0_f32; 5000];
+    let error = context.saxpy(1.0, &FILE, &mut y).unwrap_err();
+    let Error::Svm(SvmError::NotInVram { kernel, addr, why }) = error else {
+        panic!("{error}")
+    };
+    assert_eq!(kernel, "saxpy");
+    assert!(
+        FILE.as_ptr_range()
+            .contains(&std::ptr::with_exposed_provenance(addr)),
+        "{addr:#x}"
+    );
+    assert!(why.contains("private mapping of /"), "{why}");
+    assert_eq!(y, vec![0.0; 5000]);
+}
