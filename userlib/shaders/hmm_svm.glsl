@@ -208,8 +208,9 @@ void svm_miss_(uint64_t addr, uint wants, uint64_t entry, bool marked) {
     // What was loaded after a miss leads nowhere. What somebody else has asked for need not be asked for again.
     if (svm_blind_ || (marked && svm_push.loud == 0)) return;
     if (SVM_MODE == SVM_TABLE) {
-        // A page that many want is noted once, or a few times, also where the table has no place for a mark yet.
-        uint key = uint(addr >> 12) * 2 + (wants & SVM_FAULT_WRITE);
+        // A page that many want is noted once, or a few times, also where the table has no place for a mark yet. Not zero, whatever the
+        // address: that is a place where nothing was noted.
+        uint key = uint(addr >> 12) * 4 + 2 + (wants & SVM_FAULT_WRITE);
         uint64_t last = SvmControl(svm_push.control).filter_ + 4 * uint64_t((key * 0x9e3779b1u) >> 19);
         if (atomicExchange(SvmWord(last).value, key) == key) return;
     }

@@ -4,12 +4,18 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use hmm_gpu::{Device, Error, Place, Strategy, SvmContext, SvmError, Target};
+use hmm_gpu::{Args, Device, Error, Place, Shipped, Strategy, SvmContext, SvmError, Target};
 
 use crate::common::child::Child;
 use crate::common::driver::{counters, Driver, GPUS};
 use crate::common::memory::{Area, PAGE};
 use crate::common::{places, Stop};
+
+#[repr(C)]
+struct Link {
+    next: Option<Box<Link>>,
+    value: u64,
+}
 
 const MIB: usize = 1 << 20;
 
@@ -140,6 +146,49 @@ fn data_may_be_larger_than_the_pool() {
         println!("{}", context.histogram(words, to).unwrap());
         assert_eq!(*to, *expected);
     }
+    driver.finish();
+}
+
+/// Catches a pointer that is not followed: an ordinary list, of boxes, through VRAM.
+#[test]
+fn a_list_of_boxes_is_walked() {
+    let driver = Driver::load("soft=1 soft_mib=64");
+    let context = translated(Device::open(0).unwrap(), 16);
+    // In a thread of its own, whose heap nobody else uses while the kernel runs.
+    let head = std::thread::spawn(|| {
+        let mut head = None;
+        for value in 0..20_000_u64 {
+            head = Some(Box::new(Link {
+                next: head,
+                value: value * value,
+            }));
+        }
+        head
+    });
+    let mut head = head.join().unwrap();
+    let area = Area::new(2);
+    // SAFETY: the area is this test's own, and long enough.
+    let (heads, sums) = unsafe {
+        (
+            (area.addr as *mut *const Link).as_mut().unwrap(),
+            ((area.addr + PAGE) as *mut u64).as_mut().unwrap(),
+        )
+    };
+    *heads = head.as_deref().unwrap();
+    let kernel = context.kernel(Shipped::List).unwrap();
+    let args = Args::new()
+        .read(std::slice::from_ref(heads))
+        .write(std::slice::from_mut(sums))
+        .value(1_u64);
+    // SAFETY: the list is what the kernel takes it for, and stays as it is.
+    let stats = unsafe { context.dispatch(&kernel, args, 1) }.unwrap();
+    println!("{stats}");
+    assert!(stats.serviced_pages > 100, "{stats}");
+    assert_eq!(*sums, (0..20_000_u64).map(|value| value * value).sum::<u64>());
+    while let Some(mut link) = head {
+        head = link.next.take();
+    }
+    drop((context, area));
     driver.finish();
 }
 

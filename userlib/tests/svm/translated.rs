@@ -40,6 +40,37 @@ fn data_may_be_larger_than_the_pool() {
     }
 }
 
+/// Catches a page whose number is taken for none: that of this one is zero, as far as 32 bits go.
+#[test]
+fn a_page_may_be_anywhere() {
+    let _alone = alone();
+    if !has_vulkan() {
+        return;
+    }
+    const BYTES: usize = 8 * 4096;
+    let wanted = std::ptr::with_exposed_provenance_mut(0x2000_0000_0000);
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: nothing is replaced.
+    let at = unsafe { libc::mmap(wanted, BYTES, access, flags, -1, 0) };
+    assert_eq!(at, wanted, "{}", std::io::Error::last_os_error());
+    // SAFETY: it was just mapped, and all bytes are numbers.
+    let words = unsafe { std::slice::from_raw_parts_mut(at.cast::<u32>(), BYTES / 4) };
+    for (word, value) in words.iter_mut().zip(3..) {
+        *word = value;
+    }
+    let expected: u64 = words.iter().map(|&word| u64::from(word)).sum();
+    for strategy in Strategy::ALL {
+        let sum = context(strategy, 64).sum(words).unwrap().0;
+        assert_eq!(sum, expected, "{strategy}");
+    }
+    // One page alone: there is nothing else whose miss would have it asked for again.
+    assert_eq!(translated(64).sum(&words[..16]).unwrap().0, (3..19).sum());
+    // SAFETY: nothing of it is used any more.
+    let gone = unsafe { libc::munmap(at, BYTES) };
+    assert_eq!(gone, 0);
+}
+
 /// Catches an atomic operation that is done again in a replay.
 #[test]
 fn atomics_happen_once_however_often_a_kernel_is_replayed() {
