@@ -35,12 +35,23 @@ pub(crate) fn contexts(pages: usize) -> Vec<SvmContext> {
     }
     Strategy::ALL
         .into_iter()
+        // What is lavapipe's.
+        .filter(|&strategy| wanted().is_none() || strategy != Strategy::Native)
         .map(|strategy| context(strategy, pages))
         .collect()
 }
 
+/// The device that was asked for, by a part of its name: a real one, on a system that has no validation layers. Otherwise lavapipe.
+fn wanted() -> Option<String> {
+    std::env::var("HMM_GPU_VULKAN_DEVICE").ok()
+}
+
 pub(crate) fn context(strategy: Strategy, pages: usize) -> SvmContext {
-    let builder = SvmContext::builder().strategy(strategy).validation(true);
+    let builder = SvmContext::builder().strategy(strategy);
+    let builder = match wanted() {
+        Some(name) => builder.device(name),
+        None => builder.validation(true),
+    };
     let builder = match strategy {
         Strategy::Translated => builder.backend(Box::new(Software::new(pages))),
         _ => builder,

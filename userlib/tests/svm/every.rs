@@ -171,3 +171,21 @@ fn the_doctor_says_why_not() {
         assert!(available != why.is_some_and(|why| why.len() > 20), "{line}");
     }
 }
+
+/// Catches what contexts share that is not theirs to share, each in a thread of its own.
+#[test]
+fn contexts_run_side_by_side() {
+    let _alone = alone();
+    let contexts = contexts(256);
+    std::thread::scope(|scope| {
+        for context in &contexts {
+            scope.spawn(move || {
+                for n in [20_000, 5000] {
+                    saxpy(context, n);
+                    words(context, n);
+                }
+            });
+        }
+    });
+    contexts.iter().for_each(clean);
+}
