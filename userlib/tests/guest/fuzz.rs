@@ -3,22 +3,24 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_fuzz`. `HMM_GPU_SEED` names another sequence of calls.
 
+mod pool;
+
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use crate::common::child::{say, Child};
-use crate::common::driver::{assert_empty, Driver};
+use crate::common::driver::{assert_empty, counters, Driver};
 use crate::common::memory::{errno, file, last_errno, Area, Span, HUGE, PAGE};
-use crate::common::mirror::{both_check, device_fill_by, snapshot, wants, MIGRATE};
+use crate::common::mirror::{both_check, device_fill_by, snapshot, table, wants, MIGRATE};
 use crate::common::misuse::{call, sized, user_end};
 use crate::common::random::{mix, seed, Random};
 use crate::common::{asked_seconds, eventually, is_checking, places, to_device};
 use hmm_gpu::uapi::{
     self, hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault,
-    hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_prefetch, hmm_gpu_query,
-    hmm_gpu_residency, hmm_gpu_snapshot,
+    hmm_gpu_execute, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_pool,
+    hmm_gpu_prefetch, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
 };
 use hmm_gpu::{Device, Errno, Target};
 
@@ -46,10 +48,12 @@ const SNAPSHOT: usize = 7;
 const ATOMIC: usize = 8;
 const ADVICE: usize = 9;
 const PREFETCH: usize = 10;
+const POOL: usize = 11;
+const EXECUTE: usize = 12;
 /// The first number that no call has.
 const UNUSED: usize = 13;
 
-const CALLS: [Known; 11] = [
+const CALLS: [Known; 13] = [
     (
         "QUERY",
         uapi::HMM_GPU_QUERY,
@@ -181,6 +185,35 @@ const CALLS: [Known; 11] = [
             Errno::INTR,
         ],
     ),
+    (
+        "POOL",
+        uapi::HMM_GPU_POOL,
+        size_of::<hmm_gpu_pool>(),
+        0x30,
+        &[
+            Errno::INVAL,
+            Errno::FAULT,
+            Errno::EXIST,
+            Errno::BUSY,
+            Errno::NOSPC,
+            Errno::NOMEM,
+            Errno::INTR,
+        ],
+    ),
+    (
+        "EXECUTE",
+        uapi::HMM_GPU_EXECUTE,
+        size_of::<hmm_gpu_execute>(),
+        0x30,
+        &[
+            Errno::INVAL,
+            Errno::FAULT,
+            Errno::NXIO,
+            Errno::BUSY,
+            Errno::SRCH,
+            Errno::INTR,
+        ],
+    ),
 ];
 
 /// What the status of a device fault may be.
@@ -212,7 +245,7 @@ const OTHERS: [u32; 12] = [
 /// Memory that calls are aimed at. What may be written to is in the middle, with nothing mapped around it: no answer that is too
 /// long gets from there to what must not change.
 struct Ground {
-    area: Area,
+    area: Span,
     /// Anything may happen to it.
     arena: Span,
     /// Structures are here, those of each thread on its own pages.
@@ -227,11 +260,15 @@ struct Ground {
     end: usize,
     /// All that the process has mapped, with its stacks and its text, from where to where.
     program: Vec<(usize, usize)>,
+    /// Calls are made by a file with a mapped pool, into which anything is written.
+    is_narrow: bool,
 }
 
 impl Ground {
-    fn new() -> Self {
-        let area = Area::new(3712);
+    /// In memory of so many pages.
+    const PAGES: usize = 3712;
+
+    fn new(area: Span) -> Self {
         let arena = area.part(512, 4 * HUGE);
         let paper = area.part(3008, THREADS * PAPER);
         let read_only = area.part(2624, 320);
@@ -266,7 +303,24 @@ impl Ground {
             gaps,
             end: user_end() as usize,
             program: program.filter(|(start, _)| !ours.contains(start)).collect(),
+            is_narrow: false,
             area,
+        }
+    }
+
+    /// The same, for calls by which nothing may come to a device but what is in the arena.
+    fn narrow(&self) -> Self {
+        let gap = self.gaps[0];
+        let (start, end) = (self.arena.addr, self.arena.addr + self.arena.bytes());
+        Self {
+            area: Span::new(gap.addr, gap.pages + self.arena.pages),
+            guards: [(self.arena, 0); 4],
+            read_only: gap,
+            paper: self.arena,
+            gaps: vec![gap],
+            program: vec![(start, end)],
+            is_narrow: true,
+            ..*self
         }
     }
 
@@ -353,25 +407,40 @@ impl Ground {
 
     /// Bytes: mostly few.
     fn length(&self, random: &mut Random) -> usize {
-        match random.below(100) {
-            0..=29 => 1 + random.below(200),
-            30..=89 => PAGE * (1 + random.below(12)),
-            90..=95 => 1 + random.below(64 * PAGE),
-            96 => self.arena.bytes() / 2,
-            97 => PAGE * (1 + random.below(self.area.pages)),
-            98 => random.of(&[0, 1 << 62, usize::MAX, usize::MAX - PAGE + 1, 1 << 33]),
+        match random.below(200) {
+            0..=59 => 1 + random.below(200),
+            60..=179 => PAGE * (1 + random.below(12)),
+            180..=195 => 1 + random.below(64 * PAGE),
+            196 => self.arena.bytes() / 2,
+            197 => PAGE * (1 + random.below(self.area.pages)),
+            198 => random.of(&[0, 1 << 62, usize::MAX, usize::MAX - PAGE + 1, 1 << 33]),
             _ => PAGE,
         }
     }
 
     /// The same in whole pages, mostly: for calls that take no others.
     fn range(&self, random: &mut Random) -> (u64, u64) {
-        let (addr, len) = (self.source(random), self.length(random));
-        if random.once_in(12) {
-            return (addr as u64, len as u64);
+        let (mut addr, mut len) = (self.source(random), self.length(random));
+        if !random.once_in(12) {
+            addr &= !(PAGE - 1);
+            len = len.checked_next_multiple_of(PAGE).unwrap_or(len);
         }
-        let pages = len.checked_next_multiple_of(PAGE).unwrap_or(len);
-        ((addr & !(PAGE - 1)) as u64, pages as u64)
+        (addr as u64, self.reach(addr as u64, len as u64))
+    }
+
+    /// How much of a range may be named: none of what is behind the arena, if nothing else is to come to a device.
+    fn reach(&self, addr: u64, len: u64) -> u64 {
+        let (start, end) = (
+            self.area.addr as u64,
+            self.area.addr as u64 + self.area.bytes() as u64,
+        );
+        let is_good = addr
+            .checked_add(len)
+            .is_some_and(|end| end <= self.end as u64);
+        if self.is_narrow && is_good && (start..end).contains(&addr) {
+            return len.min(end - addr);
+        }
+        len
     }
 }
 
@@ -384,14 +453,29 @@ struct Made {
     refused: bool,
 }
 
+/// The file by which a call is made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Who {
+    Shared,
+    Own,
+    Private,
+}
+
 /// One of the two who make calls.
 struct Caller<'a> {
+    /// All of it, and what a file with a mapped pool may be told of.
+    grounds: [&'a Ground; 2],
+    /// The one of them that the next call is about.
     ground: &'a Ground,
     random: Random,
     thread: usize,
     /// Both have this one.
     shared: &'a Device,
     own: Device,
+    /// One with a pool that is mapped.
+    private: pool::Private,
+    /// Who makes the next call.
+    who: Who,
     /// The structures: nobody else changes these, nor the device faults.
     room: Vec<u64>,
     faults: Vec<hmm_gpu_device_fault>,
@@ -512,6 +596,8 @@ impl Caller<'_> {
             FAULT => self.fault(),
             ADVICE => self.advice(),
             PREFETCH => self.prefetch(),
+            POOL => self.pool(),
+            EXECUTE => self.execute(),
             _ => self.atomic(),
         }
     }
@@ -532,6 +618,8 @@ impl Caller<'_> {
             self.ground.length(&mut self.random) as u64,
         );
         let target = self.answer(source);
+        let len = self.ground.reach(source, len);
+        let len = self.ground.reach(target, len);
         let (op, good) = self.choice(3);
         let (policy, known) = self.choice(3);
         let (flags, (reserved, broken)) = (self.flags(64), self.reserved());
@@ -582,7 +670,9 @@ impl Caller<'_> {
         };
         let faults: Vec<_> = (0..FAULTS).map(|_| wanted()).collect();
         self.faults.copy_from_slice(&faults);
-        let few = 1 + self.random.below(FAULTS) as u32;
+        // Each may have others leave the VRAM: most of the time went here.
+        let most = self.random.of(&[4, 4, 4, FAULTS]);
+        let few = 1 + self.random.below(most) as u32;
         let (faults_ptr, count) = match self.random.below(8) {
             // The list is on pages that it names, as likely as not.
             0 | 1 => {
@@ -592,7 +682,9 @@ impl Caller<'_> {
             }
             2 => {
                 let place = self.ground.target(&mut self.random);
-                (place, self.random.of(&[few, few, 1000, 65536]))
+                // Many cost what hundreds of other calls do.
+                let many = if self.random.once_in(20) { 65536 } else { 1000 };
+                (place, self.random.of(&[few, few, few, many]))
             }
             _ => (self.faults.as_mut_ptr() as usize, few),
         };
@@ -743,13 +835,30 @@ impl Caller<'_> {
 
     /// Makes up a call.
     fn make(&mut self) -> Made {
-        let known = self.random.of(&[
+        let mut known = self.random.of(&[
             QUERY, COUNTERS, MIRROR, MIGRATION, MIGRATION, RESIDENCY, SNAPSHOT, ACCESS, ACCESS,
-            ACCESS, FAULT, FAULT, ATOMIC, ATOMIC, ADVICE, ADVICE, PREFETCH,
+            ACCESS, FAULT, FAULT, ATOMIC, ATOMIC, ADVICE, ADVICE, PREFETCH, POOL, EXECUTE, EXECUTE,
         ]);
+        if std::mem::take(&mut self.private.wants_pool) {
+            known = POOL;
+            self.who = Who::Private;
+        } else {
+            self.who = self.random.of(match known {
+                POOL | EXECUTE => &[
+                    Who::Private,
+                    Who::Private,
+                    Who::Private,
+                    Who::Own,
+                    Who::Shared,
+                ],
+                _ => &[Who::Private, Who::Own, Who::Shared],
+            });
+        }
+        self.ground = self.grounds[usize::from(self.who == Who::Private)];
         let (_, number, size, smallest, _) = CALLS[known];
         let (bytes, broken) = self.structure(known);
         let (number, short) = match self.random.below(30) {
+            _ if self.private.is_long => (number, false),
             0 => {
                 let size = self.random.of(&[0, 1, 8, smallest / 2, smallest - 1]);
                 (sized(number, size), true)
@@ -770,8 +879,10 @@ impl Caller<'_> {
 
     /// Puts a structure where its call finds it. Returns the address, and whether it is there.
     fn place(&mut self, bytes: &[u8]) -> (usize, bool) {
-        let (ground, random) = (self.ground, &mut self.random);
+        let is_long = std::mem::take(&mut self.private.is_long);
+        let (ground, random) = (self.grounds[0], &mut self.random);
         match random.below(20) {
+            0..=4 if is_long => self.place_in_room(bytes),
             0 => {
                 let gap = random.of(&ground.gaps);
                 let nowhere = ground.nowhere(random);
@@ -792,22 +903,23 @@ impl Caller<'_> {
                     (0, false)
                 }
             }
-            _ => {
-                self.room.fill(0);
-                let offset = random.of(&[0, 0, 0, 8, 1, 7]);
-                let room: &mut [u8] = bytemuck::cast_slice_mut(&mut self.room);
-                room[offset..offset + bytes.len()].copy_from_slice(bytes);
-                (room.as_ptr() as usize + offset, true)
-            }
+            _ => self.place_in_room(bytes),
         }
     }
 
-    /// One of the files.
-    fn file(&mut self) -> &Device {
-        if self.random.once_in(2) {
-            &self.own
-        } else {
-            self.shared
+    fn place_in_room(&mut self, bytes: &[u8]) -> (usize, bool) {
+        self.room.fill(0);
+        let offset = self.random.of(&[0, 0, 0, 8, 1, 7]);
+        let room: &mut [u8] = bytemuck::cast_slice_mut(&mut self.room);
+        room[offset..offset + bytes.len()].copy_from_slice(bytes);
+        (room.as_ptr() as usize + offset, true)
+    }
+
+    fn file(&self) -> &Device {
+        match self.who {
+            Who::Shared => self.shared,
+            Who::Own => &self.own,
+            Who::Private => &self.private.device,
         }
     }
 
@@ -836,6 +948,9 @@ impl Caller<'_> {
         if self.random.once_in(20) {
             return self.read();
         }
+        if self.random.once_in(30) {
+            return self.map_or_touch();
+        }
         let made = self.make();
         let (name, _, size, _, errors) = CALLS[made.known];
         let (place, there) = self.place(&made.bytes);
@@ -858,6 +973,9 @@ impl Caller<'_> {
             assert!(refused, "{}", what());
         }
         self.counts[made.known][usize::from(answer.is_err())] += 1;
+        if self.who == Who::Private && answer.is_ok() {
+            self.private.went(made.known);
+        }
         // What the answer says is looked at where nobody else has written.
         let room: &[u8] = bytemuck::cast_slice(&self.room);
         let whole = made.number == CALLS[made.known].1;
@@ -897,13 +1015,21 @@ impl Caller<'_> {
                     }
                 }
             }
+            POOL if answer.is_ok() => {
+                let it: hmm_gpu_pool = bytemuck::pod_read_unaligned(answered);
+                self.has_pool(&it);
+            }
+            EXECUTE if answer.is_ok() => {
+                let it: hmm_gpu_execute = bytemuck::pod_read_unaligned(answered);
+                self.has_executed(&it);
+            }
             _ => (),
         }
     }
 
     /// The memory changes under the other one's calls.
     fn disturb(&mut self) {
-        let (ground, random) = (self.ground, &mut self.random);
+        let (ground, random) = (self.grounds[0], &mut self.random);
         if random.once_in(60) {
             // Else all of it is holes and fragments after a while, where most calls have nothing to do.
             return ground.arena.map_over(RW, ANONYMOUS, -1);
@@ -984,6 +1110,14 @@ impl Caller<'_> {
         assert_eq!(status, 0, "the child's call {number:#x}");
     }
 
+    fn tell(&self, step: usize, begin: Instant) {
+        let elapsed = begin.elapsed();
+        say(&format!(
+            "thread {}: {step} calls in {elapsed:.1?}",
+            self.thread
+        ));
+    }
+
     fn run(&mut self, calls: usize, time: Duration) {
         let begin = Instant::now();
         let mut step = 0;
@@ -993,19 +1127,21 @@ impl Caller<'_> {
                 self.disturb();
             }
             if self.random.once_in(500) {
-                let (guard, seed) = self.random.of(&self.ground.guards);
+                let (guard, seed) = self.random.of(&self.grounds[0].guards);
                 guard.page(self.random.below(guard.pages)).check(seed);
             }
             if self.random.once_in(1000) {
                 self.own = Device::open_path(self.own.path()).unwrap();
             }
+            if self.random.once_in(300) {
+                self.renew_private();
+            }
             step += 1;
+            if step % 5_000 == 0 {
+                self.tell(step, begin);
+            }
         }
-        say(&format!(
-            "thread {}: {step} calls in {:.1?}",
-            self.thread,
-            begin.elapsed()
-        ));
+        self.tell(step, begin);
     }
 }
 
@@ -1057,17 +1193,24 @@ fn move_to(device: &Device, span: Span, target: Target) {
 fn fuzz(seed: u64, calls: usize, time: Duration) {
     become_nobody();
     let device = Device::open(0).unwrap();
-    let ground = Ground::new();
+    // So it has something in VRAM for good, and no pool.
+    table(&device);
+    let area = Area::new(Ground::PAGES);
+    let ground = Ground::new(*area);
+    let narrow = ground.narrow();
     for (guard, _) in &ground.guards[..3] {
         move_to(&device, *guard, Target::Device);
     }
     let mut callers: Vec<Caller<'_>> = (0..THREADS)
         .map(|thread| Caller {
+            grounds: [&ground, &narrow],
             ground: &ground,
             random: Random::new(mix(seed ^ ((thread as u64) << 60))),
             thread,
             shared: &device,
             own: Device::open(0).unwrap(),
+            private: pool::Private::new(Device::open(0).unwrap()),
+            who: Who::Shared,
             room: vec![0; ROOM / 8 + 1],
             faults: vec![wants(0, 0); FAULTS],
             backing: file(200, 6),
@@ -1095,9 +1238,22 @@ fn fuzz(seed: u64, calls: usize, time: Duration) {
             "{name}: {good} went well, {failed} failed, in {all:.1?}, the slowest {most:.1?}"
         ));
         // A fuzzer that is always refused finds nothing.
-        assert!(good > calls / 200 && failed > calls / 1000, "{name}");
+        // A pool is a file's only one, and what it takes to be executed.
+        let few = if [POOL, EXECUTE].contains(&known) {
+            100_000
+        } else {
+            200
+        };
+        assert!(good > calls / few && failed > calls / 1000, "{name}");
     }
     drop(callers);
+    // And with them, what is mapped of pools.
+    ground.arena.map_over(RW, ANONYMOUS, -1);
+    eventually("pools are given back", || {
+        device.describe().unwrap();
+        let now = counters(&device);
+        now.private_pages == 0 && now.quarantined_pages == 0
+    });
     ground.check();
 
     // And now for something that is right.
@@ -1117,7 +1273,7 @@ fn fuzz(seed: u64, calls: usize, time: Duration) {
 /// stops it, or that it answers with an error which is not that call's.
 #[test]
 fn whatever_is_asked_nothing_else_is_changed() {
-    let driver = Driver::load("soft=1 soft_mib=8 fault_around=64 bounce_ms=20");
+    let driver = Driver::load("soft=1 soft_mib=20 fault_around=64 bounce_ms=20");
     let device = Device::open(0).unwrap();
     fs::set_permissions(device.path(), fs::Permissions::from_mode(0o666)).unwrap();
     // Another process's, which is in the way in so little VRAM.
