@@ -1133,7 +1133,9 @@ impl Caller<'_> {
             if self.random.once_in(1000) {
                 self.own = Device::open_path(self.own.path()).unwrap();
             }
-            if self.random.once_in(300) {
+            // Blocks with nodes of others' tables become no pools, and after a while most have some: a pool is kept.
+            let often = if self.private.has_pool { 3000 } else { 300 };
+            if self.random.once_in(often) {
                 self.renew_private();
             }
             step += 1;

@@ -24,7 +24,7 @@ pub(super) struct Private {
     pub(super) device: Device,
     /// The next call is to make the pool.
     pub(super) wants_pool: bool,
-    has_pool: bool,
+    pub(super) has_pool: bool,
     /// Where it is, and its bytes.
     place: Option<(u64, u64)>,
     /// The number of its last execution.
