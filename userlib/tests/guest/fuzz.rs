@@ -1240,9 +1240,9 @@ fn fuzz(seed: u64, calls: usize, time: Duration) {
             "{name}: {good} went well, {failed} failed, in {all:.1?}, the slowest {most:.1?}"
         ));
         // A fuzzer that is always refused finds nothing.
-        // A pool is a file's only one, and what it takes to be executed.
+        // A pool is a file's only one, and what it takes to be executed: one of them is certain, and no more.
         let few = if [POOL, EXECUTE].contains(&known) {
-            100_000
+            200_000
         } else {
             200
         };
