@@ -424,8 +424,8 @@ pub const HMM_GPU_POLICY_NONE: u32 = 2;
 /// it: writing to what can only be read, anything to what cannot be read, a shadow stack), `EAGAIN` (policy
 /// `NONE`: the table has no entry for `fault_addr`), `EBUSY` (the page at `fault_addr` changed place
 /// too often), `ENOSPC` (no VRAM for the table), `ENOMEM`, `EHWPOISON` (the memory at `fault_addr`
-/// turned out to be broken; where the kernel knew before, it is `EFAULT`), `EINTR` (a signal came),
-/// `ENODEV`, `EPERM`.
+/// turned out to be broken; where the kernel knew before, it is `EFAULT`), `EIO` (the device page table is not as the driver left
+/// it: who has mapped the file's private pool has written to it), `EINTR` (a signal came), `ENODEV`, `EPERM`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
