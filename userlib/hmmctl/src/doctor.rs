@@ -4,6 +4,7 @@ mod access;
 mod gpus;
 mod kernel;
 mod module;
+mod vulkan;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -63,6 +64,7 @@ fn examine(host: &Host) -> Vec<Finding> {
     findings.extend(module::examine(host));
     findings.extend(gpus::examine(host));
     findings.extend(access::examine(host));
+    findings.extend(vulkan::examine(host));
     findings
 }
 

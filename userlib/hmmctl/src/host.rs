@@ -23,6 +23,11 @@ impl Host {
         Self { root: root.into() }
     }
 
+    /// Whether it is the one that this program runs on.
+    pub fn is_this(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
     /// Where a file is.
     pub fn path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))

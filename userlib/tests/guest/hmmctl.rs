@@ -429,6 +429,15 @@ fn the_doctor_finds_nothing_wrong_where_all_works() {
     for what in ["kernel", "module", "device nodes", "trace events"] {
         assert_eq!(of(what), "good", "{what}");
     }
+    let translated = findings.iter().find(|it| {
+        let what = it["what"].as_str().unwrap();
+        what.starts_with("Vulkan, llvmpipe") && what.ends_with(", translated")
+    });
+    assert_eq!(
+        translated.map(|it| it["verdict"].as_str().unwrap()),
+        Some("good"),
+        "{told:#}"
+    );
     // The checking kernel knows of no signatures, and has no file that says so.
     let signature = if is_checking() { "unknown" } else { "good" };
     assert_eq!(of("module signature"), signature);
