@@ -71,14 +71,23 @@ impl Allocator {
         // In pieces, so that interrupts are not off for long.
         const PIECE: usize = 64;
 
-        let mut got = 0;
+        let (mut got, mut beside_nodes) = (0, false);
         while let Some(piece) = indices.get_mut(got..).filter(|rest| !rest.is_empty()) {
             let want = piece.len().min(PIECE);
             let piece = piece.get_mut(..want).unwrap_or_default();
-            let taken = self.blocks.lock().take(taker.pool(), order, piece);
+            let taken = if taker.is_table() {
+                self.take_node(taker.pool(), piece)
+            } else {
+                self.blocks
+                    .lock()
+                    .take(taker.pool(), order, beside_nodes, piece)
+            };
             got += taken;
             if taken < want && (taker.pool() != SHARED || self.grow().is_err()) {
-                break;
+                if beside_nodes || taker.is_table() {
+                    break;
+                }
+                beside_nodes = true;
             }
         }
         // What follows on one another in a block, as most do, is counted together.
@@ -91,6 +100,15 @@ impl Allocator {
             }
         }
         got
+    }
+
+    fn take_node(&self, pool: u16, indices: &mut [u32]) -> usize {
+        let mut blocks = self.blocks.lock();
+        let mut nodes = indices.iter_mut().map_while(|index| {
+            *index = blocks.take_node(pool)?;
+            Some(())
+        });
+        nodes.by_ref().count()
     }
 
     /// Takes one more block from the buddy.

@@ -25,6 +25,8 @@ struct Block {
     in_use: [u64; WORDS],
     /// Those of them that were given back and are not to be taken yet.
     held: [u64; WORDS],
+    /// Those of them that were taken for nodes of device page tables, which do not move.
+    nodes: [u64; WORDS],
     /// How many are in use.
     count: usize,
     /// The block was added, and its pages can be taken.
@@ -78,6 +80,31 @@ impl Block {
         }
     }
 
+    /// Whether nodes are here.
+    fn has_nodes(&self) -> bool {
+        self.nodes.iter().any(|&word| word != 0)
+    }
+
+    /// Takes a page for a node.
+    fn take_node(&mut self) -> Option<usize> {
+        let page = self.take(0)?;
+        for (i, mask) in masks(page, 1) {
+            if let Some(word) = self.nodes.get_mut(i) {
+                *word |= mask;
+            }
+        }
+        Some(page)
+    }
+
+    /// What was taken for nodes is given back, whether or not it can be taken.
+    fn no_nodes(&mut self, start: usize, run: usize) {
+        for (i, mask) in masks(start, run) {
+            if let Some(word) = self.nodes.get_mut(i) {
+                *word &= !mask;
+            }
+        }
+    }
+
     /// Has pages that are in use be taken by nobody when they are not any more.
     fn hold(&mut self, start: usize, run: usize) {
         for (i, mask) in masks(start, run) {
@@ -121,6 +148,8 @@ fn masks(start: usize, run: usize) -> impl Iterator<Item = (usize, u64)> {
 struct Pool {
     /// Those that may have room, the next to be used last. Has capacity for all of them.
     available: KVVec<u32>,
+    /// Where the last node was put.
+    nodes_at: u32,
     /// How many there are.
     blocks: usize,
     /// Pages in use.
@@ -340,9 +369,45 @@ impl Blocks {
         self.list(index);
     }
 
+    /// Takes a page of `pool` for a node of a device page table: where there are others, if it can be, since a block with
+    /// nodes cannot become a private pool.
+    pub(crate) fn take_node(&mut self, pool: u16) -> Option<u32> {
+        let of = pool;
+        let pool = self.pools.get_mut(usize::from(of))?;
+        // CAST: Widens.
+        let at = |index: u32| self.blocks.get(index as usize);
+        let has_room =
+            |block: &Block| block.listed && block.pool == of && block.count < BLOCK_PAGES;
+        let beside_others =
+            |index: &u32| at(*index).is_some_and(|it| has_room(it) && it.has_nodes());
+        let index = Some(pool.nodes_at)
+            .filter(beside_others)
+            .or_else(|| pool.available.iter().copied().find(beside_others))
+            // Not the last, which is where other pages are taken.
+            .or_else(|| {
+                pool.available
+                    .iter()
+                    .copied()
+                    .find(|&it| at(it).is_some_and(has_room))
+            })?;
+        // CAST: Widens.
+        let page = self.blocks.get_mut(index as usize)?.take_node()?;
+        pool.nodes_at = index;
+        pool.used += 1;
+        self.used += 1;
+        // CAST: As in `take`.
+        Some(index * BLOCK_PAGES as u32 + page as u32)
+    }
+
     /// Takes folios of `1 << order` pages of `pool` until `indices` is full or there is no room, and returns
-    /// how many.
-    pub(crate) fn take(&mut self, pool: u16, order: u32, indices: &mut [u32]) -> usize {
+    /// how many. Blocks with nodes are used only if `beside_nodes` says so.
+    pub(crate) fn take(
+        &mut self,
+        pool: u16,
+        order: u32,
+        beside_nodes: bool,
+        indices: &mut [u32],
+    ) -> usize {
         let mut got = 0;
         let Some(pool) = self.pools.get_mut(usize::from(pool)) else {
             return 0;
@@ -358,6 +423,10 @@ impl Blocks {
             else {
                 break;
             };
+            if !beside_nodes && block.has_nodes() {
+                at -= 1;
+                continue;
+            }
             match block.take(order) {
                 Some(page) => {
                     if let Some(entry) = indices.get_mut(got) {
@@ -389,6 +458,7 @@ impl Blocks {
         let Some(pool) = self.pools.get_mut(usize::from(found.pool)) else {
             return;
         };
+        found.no_nodes(index % BLOCK_PAGES, pages);
         if pool.holds {
             found.hold(index % BLOCK_PAGES, pages);
             pool.held += pages;

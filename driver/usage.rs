@@ -47,6 +47,11 @@ impl Taker {
         self.pool
     }
 
+    /// Whether it is for a device page table.
+    pub(crate) fn is_table(self) -> bool {
+        self.account == TABLES
+    }
+
     /// Whether what is on page `index` need not move to be where the taker wants it.
     pub(crate) fn has_here(self, usage: &Usage, index: usize) -> bool {
         self.pool == SHARED || usage.pool_of(index) == self.pool

@@ -17,6 +17,7 @@ const BLOCK_ORDER: u32 = BLOCK_PAGES.ilog2();
 enum Step {
     Add(usize),
     Take { order: u32, count: usize },
+    Node,
     GiveBack(prop::sample::Index),
 }
 
@@ -27,6 +28,7 @@ fn step(blocks: usize) -> impl Strategy<Value = Step> {
     prop_oneof![
         1 => (0..blocks).prop_map(Step::Add),
         4 => (order, count).prop_map(|(order, count)| Step::Take { order, count }),
+        2 => Just(Step::Node),
         4 => any::<prop::sample::Index>().prop_map(Step::GiveBack),
     ]
 }
@@ -36,6 +38,8 @@ struct Tried {
     blocks: Blocks,
     here: BTreeSet<usize>,
     used: BTreeSet<usize>,
+    /// Those that were taken for nodes.
+    nodes: BTreeSet<usize>,
     /// What was taken: the first page, and how many as a power of two.
     runs: Vec<(usize, u32)>,
 }
@@ -46,6 +50,7 @@ impl Tried {
             blocks: Blocks::new(count).unwrap(),
             here: BTreeSet::new(),
             used: BTreeSet::new(),
+            nodes: BTreeSet::new(),
             runs: vec![],
         }
     }
@@ -66,9 +71,19 @@ impl Tried {
         })
     }
 
+    fn has_nodes(&self, block: usize) -> bool {
+        self.nodes.iter().any(|page| page / BLOCK_PAGES == block)
+    }
+
+    /// Takes pages as the driver does: first where no nodes are.
     fn take(&mut self, order: u32, count: usize) {
         let mut indices = vec![u32::MAX; count];
-        let got = self.blocks.take(SHARED, order, &mut indices);
+        let alone = self.blocks.take(SHARED, order, false, &mut indices);
+        assert!(alone <= count);
+        for &start in &indices[..alone] {
+            assert!(!self.has_nodes(start as usize / BLOCK_PAGES));
+        }
+        let got = alone + self.blocks.take(SHARED, order, true, &mut indices[alone..]);
         assert!(got <= count);
         for &start in &indices[..got] {
             let (start, run) = (start as usize, 1 << order);
@@ -92,11 +107,40 @@ impl Tried {
         assert_eq!(self.blocks.used(), self.used.len());
     }
 
+    /// Takes a page for a node: where others are, if there is room.
+    fn take_node(&mut self) {
+        let Some(page) = self.blocks.take_node(SHARED) else {
+            assert!(!self.has_room(0), "no node, and there is room");
+            return;
+        };
+        let page = page as usize;
+        assert!(self.used.insert(page), "page {page} is given twice");
+        let block = page / BLOCK_PAGES;
+        assert!(self.here.contains(&block));
+        let has_room = |block: &usize| {
+            self.used
+                .range(block * BLOCK_PAGES..(block + 1) * BLOCK_PAGES)
+                .count()
+                < BLOCK_PAGES
+        };
+        if !self.has_nodes(block) {
+            let beside = self
+                .here
+                .iter()
+                .find(|it| self.has_nodes(**it) && has_room(it));
+            assert_eq!(beside, None, "a node in block {block}, which had none");
+        }
+        self.nodes.insert(page);
+        self.runs.push((page, 0));
+        assert_eq!(self.blocks.used(), self.used.len());
+    }
+
     fn give_back(&mut self, run: usize) {
         let (start, order) = self.runs.swap_remove(run);
         self.blocks.give_back(start, order);
         for page in start..start + (1 << order) {
             self.used.remove(&page);
+            self.nodes.remove(&page);
         }
         assert_eq!(self.blocks.used(), self.used.len());
     }
@@ -118,6 +162,7 @@ proptest! {
             match step {
                 Step::Add(block) => tried.add(block),
                 Step::Take { order, count } => tried.take(order, count),
+                Step::Node => tried.take_node(),
                 Step::GiveBack(run) if !tried.runs.is_empty() => {
                     tried.give_back(run.index(tried.runs.len()));
                 }
@@ -150,6 +195,22 @@ fn single_pages_fill_a_block_before_the_next() {
     }
 }
 
+/// Catches nodes that are spread over the blocks: none of those could become a private pool.
+#[test]
+fn nodes_stay_together() {
+    let mut tried = Tried::new(4);
+    (0..4).for_each(|block| tried.add(block));
+    for _ in 0..BLOCK_PAGES / 2 {
+        tried.take_node();
+        tried.take(0, 5);
+        tried.give_back(0);
+        let last = tried.runs.len() - 1;
+        tried.give_back(last);
+    }
+    let blocks: BTreeSet<_> = tried.nodes.iter().map(|page| page / BLOCK_PAGES).collect();
+    assert_eq!(blocks.len(), 1, "nodes are at {:?}", tried.nodes);
+}
+
 /// Catches a failure that is ignored: then a list has no room for a block, and its pages are lost.
 #[test]
 fn blocks_without_memory_are_an_error() {
@@ -174,7 +235,7 @@ fn blocks_that_are_not_there_are_ignored() {
 
 fn pages_of(blocks: &mut Blocks, pool: u16, count: usize) -> BTreeSet<usize> {
     let mut indices = vec![0; count];
-    let got = blocks.take(pool, 0, &mut indices);
+    let got = blocks.take(pool, 0, true, &mut indices);
     indices[..got].iter().map(|&index| index as usize).collect()
 }
 
