@@ -382,7 +382,7 @@ fn what_cannot_be_mapped_takes_no_vram() {
         (
             "unmapped",
             NOWHERE,
-            rounds(65536),
+            rounds(16384),
             Access::Read,
             Errno::FAULT,
         ),
@@ -396,14 +396,14 @@ fn what_cannot_be_mapped_takes_no_vram() {
         (
             "read-only",
             read_only.0.addr,
-            2048,
+            rounds(2048),
             Access::Write,
             Errno::ACCESS,
         ),
         (
             "beyond a file",
             beyond.0.addr + PAGE,
-            2048,
+            rounds(2048),
             Access::Read,
             Errno::FAULT,
         ),
@@ -429,7 +429,7 @@ fn what_cannot_be_mapped_takes_no_vram() {
         assert!(tables(&other) <= 1, "{what}: more than the root is left");
     }
     let most = most_tables(&other, || {
-        for i in 0..500 {
+        for i in 0..rounds(500) {
             let mut byte = [0];
             let read = device.read_at(NOWHERE + i * WINDOW, &mut byte, Policy::Migrate);
             assert_eq!(refused(read), Errno::FAULT);
