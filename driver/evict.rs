@@ -20,7 +20,7 @@ use crate::{
 use core::ops::Range;
 use kernel::prelude::*;
 
-/// Makes room for `needed` pages, in the pool of somebody whose turn it is, by evicting whole blocks that were not
+/// Makes room for `needed` pages, in the pool of somebody whose turn it is, by evicting blocks that were not
 /// used for long: see [`Usage::victim`]. Returns whether there was so much at the end. Others may be faster
 /// to take it.
 ///
@@ -46,12 +46,12 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
         if map.data().is_held(taker.pool()) {
             return false;
         }
-        let Some(block) = alloc.usage().victim(taker) else {
+        let Some(victim) = alloc.usage().victim(taker, failures < FAILURES / 2) else {
             return false;
         };
-        let first = block * BLOCK_PAGES;
+        let first = victim.block * BLOCK_PAGES;
         let pages = first..first + BLOCK_PAGES;
-        let may_go = |index, order| !alloc.usage().is_needed(index, order, taker);
+        let may_go = |index, order| alloc.usage().is_victim(index, order, &victim, taker);
         let moved = evict(map, pages, Cause::Pressure, may_go);
         if moved > 0 {
             trace::evict(map.data().identity.unit, first * PAGE_BYTES, moved, needed);
@@ -61,7 +61,7 @@ pub(crate) fn make_room(map: &PageMap<DeviceMemory>, taker: Taker, needed: usize
             failures = 0;
             continue;
         }
-        alloc.usage().put_off(block);
+        alloc.usage().put_off(victim.block);
         failures += 1;
         if failures == FAILURES {
             return false;

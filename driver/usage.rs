@@ -108,6 +108,18 @@ struct Page {
     turn: Atomic<u32>,
 }
 
+fn is_table(page: &Page) -> bool {
+    page.account.load(Relaxed) == TABLES
+}
+
+/// What is to go to make room.
+pub(crate) struct Victim {
+    /// Pages of this block.
+    pub(crate) block: usize,
+    /// Of those only the taker's own, and those of who has more than this.
+    over: Option<usize>,
+}
+
 /// The use that is made of a device's VRAM.
 pub(crate) struct Usage {
     /// The last turn. Turns are even: an odd number is a time at which nobody had a turn.
@@ -340,7 +352,7 @@ impl Usage {
     }
 
     /// Whether one of the `1 << order` pages from `index` on is needed in `taker`'s turn.
-    pub(crate) fn is_needed(&self, index: usize, order: u32, taker: Taker) -> bool {
+    fn is_needed(&self, index: usize, order: u32, taker: Taker) -> bool {
         let mut pages = self.pages.iter().skip(index).take(1 << order);
         pages.any(|page| page.turn.load(Relaxed) == taker.turn)
     }
@@ -364,33 +376,90 @@ impl Usage {
     }
 
     /// The block whose pages are to go when `taker` needs room: the one that was not used for the longest
-    /// time, of those that belong to the taker itself or to who has more than a fair share. If there is none,
-    /// of all. It is one of the taker's pool.
+    /// time, of those with pages of the taker itself or of who has more than a fair share, and only those pages of it. If there
+    /// is none, of all. It is one of the taker's pool.
     ///
     /// Nothing that is needed in this turn is to go: so at last it is a block of which only some pages are.
-    /// `None` if there is nothing else.
-    pub(crate) fn victim(&self, taker: Taker) -> Option<usize> {
-        let share = self.share(taker);
-        let over = |account: i16| {
-            account == taker.account
-                || self
-                    .entry(account)
-                    .is_some_and(|entry| entry.used.load(Relaxed) > share)
-        };
-        let partly = |pages: &[Page]| {
-            pages.iter().any(|page| {
-                page.account.load(Relaxed) != TABLES && page.turn.load(Relaxed) != taker.turn
+    /// `None` if there is nothing else. Where those of who has too much do not move, `fair` is no more asked for.
+    pub(crate) fn victim(&self, taker: Taker, fair: bool) -> Option<Victim> {
+        let of_all = |block| Victim { block, over: None };
+        let of_some = || {
+            let share = self.share(taker);
+            let block = self
+                .oldest_over(taker, share)
+                .or_else(|| self.find(taker, |page| self.may_go(page, taker, share)))?;
+            Some(Victim {
+                block,
+                over: Some(share),
             })
         };
-        let last = || {
-            let blocks = self.pages.chunks(BLOCK_PAGES).zip(self.blocks.iter());
-            blocks
-                .map(|(pages, block)| (pages, block.pool.load(Relaxed) == taker.pool.into()))
-                .position(|(pages, in_pool)| in_pool && partly(pages))
+        fair.then(of_some)
+            .flatten()
+            .or_else(|| self.oldest(taker, |_| true).map(of_all))
+            .or_else(|| self.find(taker, |_| true).map(of_all))
+    }
+
+    /// Whether the `1 << order` pages from `index` on are of those that are to go.
+    pub(crate) fn is_victim(
+        &self,
+        index: usize,
+        order: u32,
+        victim: &Victim,
+        taker: Taker,
+    ) -> bool {
+        let may_go = |share| {
+            let page = self.pages.get(index);
+            page.is_some_and(|page| self.may_go(page, taker, share))
         };
-        self.oldest(taker, over)
-            .or_else(|| self.oldest(taker, |_| true))
-            .or_else(last)
+        !self.is_needed(index, order, taker) && victim.over.is_none_or(may_go)
+    }
+
+    /// Whether a page is of the taker itself, or of who has more than `share`.
+    fn may_go(&self, page: &Page, taker: Taker, share: usize) -> bool {
+        self.is_over(page.account.load(Relaxed), taker, share)
+    }
+
+    fn is_over(&self, account: i16, taker: Taker, share: usize) -> bool {
+        let used = || self.entry(account).map(|entry| entry.used.load(Relaxed));
+        account == taker.account || used().is_some_and(|used| used > share)
+    }
+
+    /// The block that was not used for the longest time, of those with pages that may go before others do.
+    fn oldest_over(&self, taker: Taker, share: usize) -> Option<usize> {
+        // So many are put right at once, since each costs a look at all blocks.
+        const TRIES: usize = 64;
+
+        for _ in 0..TRIES {
+            let found = self.oldest(taker, |account| self.is_over(account, taker, share))?;
+            let pages = || self.pages_of(found).filter(|page| !is_table(page));
+            let may_go = |page: &Page| self.may_go(page, taker, share);
+            if pages().any(|page| may_go(page) && page.turn.load(Relaxed) != taker.turn) {
+                return Some(found);
+            }
+            // Who took a page of it last has none there any more, or needs what there is.
+            let block = self.blocks.get(found)?;
+            match pages().find(|page| !may_go(page)) {
+                Some(page) => block.account.store(page.account.load(Relaxed), Relaxed),
+                None => block.turn.store(taker.turn, Relaxed),
+            }
+        }
+        None
+    }
+
+    /// A block of the taker's pool with a page that is not needed in this turn, and may go.
+    fn find(&self, taker: Taker, may_go: impl Fn(&Page) -> bool) -> Option<usize> {
+        let fits =
+            |page: &Page| !is_table(page) && page.turn.load(Relaxed) != taker.turn && may_go(page);
+        (0..self.blocks.len())
+            .filter(|&block| self.pool_of(block * BLOCK_PAGES) == taker.pool)
+            .find(|&block| self.pages_of(block).any(fits))
+    }
+
+    fn pages_of(&self, block: usize) -> impl Iterator<Item = &Page> {
+        self.pages
+            .iter()
+            .skip(block * BLOCK_PAGES)
+            .take(BLOCK_PAGES)
     }
 
     fn oldest(&self, taker: Taker, may_go: impl Fn(i16) -> bool) -> Option<usize> {

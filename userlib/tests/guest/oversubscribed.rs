@@ -220,7 +220,8 @@ fn what_was_not_used_for_longest_goes_first() {
 #[test]
 fn a_greedy_client_leaves_the_others_their_share() {
     for share in [100, 0] {
-        let driver = Driver::load(&format!("soft=1 soft_mib=16 fair_share={share}"));
+        // So little that they share blocks.
+        let driver = Driver::load(&format!("soft=1 soft_mib=6 fair_share={share}"));
         let device = Device::open(0).unwrap();
         let pages = room(&device);
         let modest = Area::filled(pages / 4, 1);
@@ -242,7 +243,7 @@ fn a_greedy_client_leaves_the_others_their_share() {
         }
         modest.check(1);
         // Who asks for more than a share gets that, if the others can make room.
-        let all = Area::filled(pages - 10, 3);
+        let all = Area::filled(pages - 20, 3);
         to_device(&device, *all);
         all.check(3);
         drop((modest, all, device));
