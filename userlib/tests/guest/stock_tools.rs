@@ -86,3 +86,42 @@ fn bpftrace_reads_the_events() {
     drop((area, device));
     driver.finish();
 }
+
+/// Catches events that perf cannot read: of a program that moves memory, the sums that the device has.
+#[test]
+fn perf_reads_the_events() {
+    mount_tracing();
+    let driver = Driver::load("soft=1 soft_mib=16");
+    let device = Device::open(0).unwrap();
+    let file = "/tmp/hmm_gpu.data";
+    let record = [
+        "record",
+        "--quiet",
+        "--event",
+        "hmm_gpu:*",
+        "--output",
+        file,
+    ];
+    output(
+        "perf",
+        &[&record[..], &["target/tree/release/mirror"]].concat(),
+    );
+    let script = output("perf", &["script", "--input", file]);
+    let of = |event: &str| -> Vec<&str> {
+        let mark = format!("hmm_gpu:{event}: ");
+        script.lines().filter(|line| line.contains(&mark)).collect()
+    };
+    let moved = |cause: &str| -> u64 {
+        let lines = of("hmm_gpu_migrate");
+        let lines = lines.iter().filter(|line| line.contains(cause));
+        lines.map(|line| number(line, "moved")).sum()
+    };
+    let work = device.counters().unwrap();
+    assert!(work.to_device_pages > 0 && work.cpu_faults > 0, "{work:#?}");
+    assert_eq!(moved(" to device: "), work.to_device_pages, "{script}");
+    assert_eq!(moved("cpu fault: "), work.fault_back_pages, "{script}");
+    assert_eq!(of("hmm_gpu_cpu_fault").len() as u64, work.cpu_faults);
+    fs::remove_file(file).unwrap();
+    drop(device);
+    driver.finish();
+}
