@@ -414,14 +414,22 @@ impl Usage {
         !self.is_needed(index, order, taker) && victim.over.is_none_or(may_go)
     }
 
-    /// Whether a page is of the taker itself, or of who has more than `share`.
+    /// Whether a page is of the taker itself, of who has more than `share`, or of who is gone.
     fn may_go(&self, page: &Page, taker: Taker, share: usize) -> bool {
         self.is_over(page.account.load(Relaxed), taker, share)
     }
 
     fn is_over(&self, account: i16, taker: Taker, share: usize) -> bool {
         let used = || self.entry(account).map(|entry| entry.used.load(Relaxed));
-        account == taker.account || used().is_some_and(|used| used > share)
+        account == taker.account
+            || !self.is_open(account)
+            || used().is_some_and(|used| used > share)
+    }
+
+    /// Whether there is a client whose account it is. Who is gone has no share.
+    fn is_open(&self, account: i16) -> bool {
+        let entry = self.entry(account);
+        account == CROWD || entry.is_some_and(|entry| entry.open.load(Relaxed))
     }
 
     /// The block that was not used for the longest time, of those with pages that may go before others do.
@@ -482,7 +490,9 @@ impl Usage {
         let entries = (0i16..).zip(self.entries.iter()).skip(1);
         let active = entries
             .filter(|(_, entry)| !entry.private.load(Relaxed))
-            .filter(|(i, entry)| *i == taker.account || entry.used.load(Relaxed) > 0)
+            .filter(|(i, entry)| {
+                *i == taker.account || (entry.used.load(Relaxed) > 0 && self.is_open(*i))
+            })
             .count();
         self.pages.len().saturating_sub(self.private()) / active.max(1) * percent.min(100) / 100
     }
