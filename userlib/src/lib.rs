@@ -122,8 +122,8 @@ pub use residency::{Counts, Page, Place, Residency};
 pub use shared::{Alignment, SharedBuf};
 #[cfg(feature = "vulkan")]
 pub use svm::{
-    doctor, Args, Diagnosis, DispatchStats, Doctor, Grid, Kernel, Miss, Shipped, Strategy, SvmBuf,
-    SvmBuilder, SvmContext, SvmError,
+    doctor, Args, Diagnosis, DispatchStats, Doctor, Graph, Grid, Kernel, Link, Miss, Shipped,
+    Strategy, SvmBuf, SvmBuilder, SvmContext, SvmError,
 };
 #[cfg(feature = "vulkan")]
 pub use sys::svm::{Backend, PoolMemory, TableRoot};

@@ -59,13 +59,18 @@ impl<'a> Args<'a> {
 
     /// Names memory that the kernel reads when it follows a pointer. No argument.
     pub fn reach<T: ?Sized>(mut self, value: &'a T) -> Self {
-        self.reaches.push(Reach::of(value));
+        // Where nothing is, there is no page: an empty slice may be said to lie anywhere.
+        if size_of_val(value) > 0 {
+            self.reaches.push(Reach::of(value));
+        }
         self
     }
 
     /// Names memory that the kernel changes when it follows a pointer. No argument.
     pub fn reach_mut<T: ?Sized>(mut self, value: &'a mut T) -> Self {
-        self.reaches.push(Reach::of_mut(value));
+        if size_of_val(value) > 0 {
+            self.reaches.push(Reach::of_mut(value));
+        }
         self
     }
 
@@ -96,5 +101,15 @@ mod tests {
             .collect();
         assert_eq!(words, [7, from, 8 | (9 << 32), to]);
         assert_eq!(args.reaches.len(), 2);
+    }
+
+    /// Catches an import of the page that an empty slice is said to lie on.
+    #[test]
+    fn what_has_no_bytes_is_not_named() {
+        let args = Args::new()
+            .read::<u32>(&[])
+            .write::<u64>(&mut [])
+            .reach(&());
+        assert_eq!((args.bytes(), args.reaches.len()), (16, 0));
     }
 }

@@ -72,6 +72,15 @@ pub enum SvmError {
         group: u32,
     },
 
+    /// An edge of a graph, or a search in it, names a node that it does not have.
+    #[error("there is no node {node} in the graph: it has {nodes}, counted from 0")]
+    NoSuchNode {
+        /// The node.
+        node: usize,
+        /// Nodes that there are.
+        nodes: usize,
+    },
+
     /// The kernel touched memory that the dispatch was not told of.
     #[error(
         "the kernel `{kernel}` touched {addr:#x}, which no argument covers: with the strategy `{strategy}` all that a kernel reaches \

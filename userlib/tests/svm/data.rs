@@ -1,9 +1,8 @@
 //! Data for kernels, what they must make of it, and contexts to run them in.
 
-use std::sync::atomic::AtomicU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use hmm_gpu::{Args, DispatchStats, Error, Kernel, Shipped, Strategy, SvmContext};
+use hmm_gpu::{Args, DispatchStats, Error, Graph, Kernel, Link, Shipped, Strategy, SvmContext};
 
 use crate::software::Software;
 
@@ -96,17 +95,10 @@ pub(crate) fn saxpy(context: &SvmContext, n: usize) -> DispatchStats {
     stats
 }
 
-/// A list as anyone would write it.
-#[repr(C)]
-pub(crate) struct Link {
-    pub(crate) next: Option<Box<Link>>,
-    pub(crate) value: u64,
-}
-
 /// Lists of links, each in a box of its own, and the sums of their values.
 pub(crate) struct Lists {
-    pub(crate) heads: Vec<Option<Box<Link>>>,
-    pub(crate) expected: Vec<u64>,
+    heads: Vec<Option<Box<Link>>>,
+    expected: Vec<u64>,
 }
 
 impl Lists {
@@ -124,40 +116,11 @@ impl Lists {
         Self { heads, expected }
     }
 
-    fn links(&self) -> impl Iterator<Item = &Link> {
-        self.heads
-            .iter()
-            .flat_map(|head| std::iter::successors(head.as_deref(), |link| link.next.as_deref()))
-    }
-
     /// Walks them, and checks the sums.
     pub(crate) fn walk(&self, context: &SvmContext) -> DispatchStats {
-        let kernel = context.kernel(Shipped::List).unwrap();
-        let mut sums = vec![u64::MAX; self.heads.len()];
-        let mut args = Args::new()
-            .read(&self.heads)
-            .write(&mut sums)
-            .value(self.heads.len() as u64);
-        for link in self.links() {
-            args = args.reach(link);
-        }
-        let groups = kernel.groups(self.heads.len(), 1).unwrap();
-        // SAFETY: a link is what the kernel takes it for, { next, value }, and all are borrowed.
-        let stats = unsafe { context.dispatch(&kernel, args, groups) }.unwrap();
+        let (sums, stats) = context.sum_lists(&self.heads).unwrap();
         assert_eq!(sums, self.expected, "{context}");
         stats
-    }
-}
-
-impl Drop for Lists {
-    /// One by one, since to drop the first would drop the next within.
-    fn drop(&mut self) {
-        for head in &mut self.heads {
-            let mut next = head.take();
-            while let Some(mut link) = next {
-                next = link.next.take();
-            }
-        }
     }
 }
 
@@ -209,78 +172,33 @@ pub(crate) fn tree(context: &SvmContext, n: usize) -> DispatchStats {
     stats
 }
 
-/// A node of a graph.
-#[repr(C)]
-struct Node {
-    neighbours: *const *const Node,
-    degree: u32,
-    level: AtomicU32,
-}
-
-/// A breadth-first search, compared with one of the CPU's.
+/// A breadth-first search, compared with one of the CPU's: of a graph of which some nodes are not reached, from two of them.
 pub(crate) fn bfs(context: &SvmContext, n: usize) {
     let mut random = Random(11);
-    let edges: Vec<Vec<usize>> = (0..n)
-        .map(|_| (0..1 + random.below(4)).map(|_| random.below(n)).collect())
-        .collect();
-    let mut levels = vec![u32::MAX; n];
-    levels[0] = 0;
-    for level in 1.. {
-        let before = levels.clone();
-        for (node, edges) in edges.iter().enumerate() {
-            if before[node] == u32::MAX && edges.iter().any(|&to| before[to] == level - 1) {
-                levels[node] = level;
+    let edges: Vec<(usize, usize)> = (0..n).map(|_| (random.below(n), random.below(n))).collect();
+    let mut graph = Graph::new(n, &edges).unwrap();
+    for from in [0, n - 1] {
+        let mut expected = vec![None; n];
+        expected[from] = Some(0);
+        for level in 1.. {
+            let before = expected.clone();
+            for &(a, b) in &edges {
+                for (one, other) in [(a, b), (b, a)] {
+                    if before[one] == Some(level - 1) && expected[other].is_none() {
+                        expected[other] = Some(level);
+                    }
+                }
+            }
+            if before == expected {
+                break;
             }
         }
-        if before == levels {
-            break;
-        }
+        let (levels, stats) = context.breadth_first(&mut graph, from).unwrap();
+        assert_eq!(levels, expected, "{context}");
+        let deepest = expected.iter().flatten().max().unwrap();
+        let dispatches = u64::from(deepest + 1);
+        assert_eq!(stats.groups, dispatches * n.div_ceil(64) as u64, "{stats}");
     }
-    let mut nodes: Vec<Box<Node>> = (0..n)
-        .map(|i| {
-            Box::new(Node {
-                neighbours: std::ptr::null(),
-                degree: 0,
-                level: AtomicU32::new(if i == 0 { 0 } else { u32::MAX }),
-            })
-        })
-        .collect();
-    let pointers: Vec<*mut Node> = nodes.iter_mut().map(|node| &raw mut **node).collect();
-    let neighbours: Vec<Vec<*const Node>> = edges
-        .iter()
-        .map(|edges| edges.iter().map(|&to| pointers[to].cast_const()).collect())
-        .collect();
-    for (node, neighbours) in nodes.iter_mut().zip(&neighbours) {
-        node.neighbours = neighbours.as_ptr();
-        node.degree = neighbours.len() as u32;
-    }
-    let kernel = context.kernel(Shipped::Bfs).unwrap();
-    for level in 1_u32.. {
-        let mut reached = vec![0_u32];
-        let mut args = Args::new()
-            .read(&pointers)
-            .write(&mut reached)
-            .value(n as u64)
-            .value(level);
-        for node in &mut nodes {
-            args = args.reach_mut(&mut **node);
-        }
-        for neighbours in &neighbours {
-            args = args.reach(&neighbours[..]);
-        }
-        // SAFETY: a node is what the kernel takes it for, { neighbours, degree, level }, and all are borrowed.
-        unsafe { context.dispatch(&kernel, args, kernel.groups(n, 1).unwrap()) }.unwrap();
-        let now = levels.iter().filter(|&&of| of == level).count();
-        assert_eq!(
-            reached[0] as usize, now,
-            "{context}: nodes of level {level}"
-        );
-        if now == 0 {
-            break;
-        }
-    }
-    let found: Vec<u32> = nodes.iter_mut().map(|node| *node.level.get_mut()).collect();
-    assert_eq!(found, levels, "{context}");
 }
 
 /// Counts, sums and gathers, each compared with the CPU's.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use hmm_gpu::{Args, Strategy, SvmContext};
+use hmm_gpu::{Args, Graph, Link, Strategy, SvmContext};
 
 use crate::data::{alone, bfs, compiled, context, contexts, saxpy, tree, words, Lists};
 
@@ -46,8 +46,14 @@ fn saxpy_is_right_at_any_length() {
 fn lists_are_walked() {
     let _alone = alone();
     let lists = Lists::new(100, 3000, 3);
+    // More lists than links: some are empty.
+    let few = Lists::new(40, 20, 4);
+    let none: Vec<Option<Box<Link>>> = (0..3).map(|_| None).collect();
     for context in contexts(4096) {
         lists.walk(&context);
+        few.walk(&context);
+        assert_eq!(context.sum_lists(&[]).unwrap().0, [0_u64; 0]);
+        assert_eq!(context.sum_lists(&none).unwrap().0, [0; 3]);
         clean(&context);
     }
 }
@@ -67,6 +73,10 @@ fn trees_are_searched_and_graphs_are_walked_through() {
     for context in contexts(4096) {
         tree(&context, 300);
         bfs(&context, 500);
+        let mut alone = Graph::new(1, &[]).unwrap();
+        assert_eq!(context.breadth_first(&mut alone, 0).unwrap().0, [Some(0)]);
+        let error = context.breadth_first(&mut alone, 1).unwrap_err();
+        assert!(error.to_string().contains("no node 1"), "{error}");
         clean(&context);
     }
 }

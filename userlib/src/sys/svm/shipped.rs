@@ -2,10 +2,10 @@
 
 use crate::svm::context::Translated;
 use crate::svm::spirv::{self, Module};
-use crate::svm::{Args, DispatchStats, Kernel, Shipped, SvmContext};
+use crate::svm::{Args, DispatchStats, Graph, Kernel, Link, Shipped, SvmContext};
 use crate::sys::svm::Backend;
 use crate::sys::vulkan::{Gpu, Imported, Pipeline};
-use crate::Error;
+use crate::{Error, SharedBuf};
 
 use std::sync::Arc;
 
@@ -52,7 +52,8 @@ impl SvmContext {
     ) -> Result<DispatchStats, Error> {
         let kernel = self.kernel(shipped)?;
         let groups = kernel.groups(items, shipped.items())?;
-        // SAFETY: each caller below borrows what the kernel touches, as it does, and says how long it is.
+        // SAFETY: each caller below borrows what the kernel touches, as it does, and says how long it is. What pointers lead to is in `Link` and
+        // `Graph`, which are borrowed too, and whose layout is the kernel's.
         unsafe { self.dispatch(&kernel, args, groups) }
     }
 
@@ -113,6 +114,51 @@ impl SvmContext {
             .value(count as u64)
             .value(from.len() as u64);
         self.of_items(Shipped::Gather, count, args)
+    }
+
+    /// The sum of each list's values, wrapping around.
+    ///
+    /// Errors: those of a dispatch.
+    pub fn sum_lists(
+        &self,
+        heads: &[Option<Box<Link>>],
+    ) -> Result<(Vec<u64>, DispatchStats), Error> {
+        // On pages of their own: what this thread touches meanwhile must not lie beside them.
+        let mut sums = SharedBuf::<u64>::zeroed(heads.len())?;
+        let mut args = Args::new()
+            .read(heads)
+            .write(&mut sums)
+            .value(heads.len() as u64);
+        // Only where they must be named: to look for them is to touch them.
+        if self.strategy().needs_names() {
+            for link in heads.iter().flat_map(Link::links) {
+                args = args.reach(link);
+            }
+        }
+        let stats = self.of_items(Shipped::List, heads.len(), args)?;
+        Ok((sums.to_vec(), stats))
+    }
+
+    /// How far each node is from one of them, in edges; none if no edges lead there. One dispatch a level, until no node gets it.
+    ///
+    /// Errors: [`NoSuchNode`](crate::SvmError::NoSuchNode), and those of a dispatch.
+    pub fn breadth_first(
+        &self,
+        graph: &mut Graph,
+        from: usize,
+    ) -> Result<(Vec<Option<u32>>, DispatchStats), Error> {
+        graph.begin(from)?;
+        let mut all = DispatchStats::new(self.strategy());
+        for level in 1.. {
+            let mut reached = SharedBuf::<u32>::zeroed(1)?;
+            let nodes = graph.nodes();
+            let args = graph.step(level, &mut reached);
+            all.add(&self.of_items(Shipped::Bfs, nodes, args)?);
+            if reached[0] == 0 {
+                break;
+            }
+        }
+        Ok((graph.levels(), all))
     }
 }
 
