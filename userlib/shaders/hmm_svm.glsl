@@ -74,6 +74,9 @@ layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer Sv
     uint groups_x;
     uint groups_y;
     uint64_t filter_;   // 8192 words: what was noted last, of pages that have this place
+    uint64_t twins;     // a list of ranges too: pages that kernels have copies of, whatever the table says
+    uint twin_ranges;
+    uint unused;
 };
 
 struct SvmFault {
@@ -220,6 +223,20 @@ void svm_miss_(uint64_t addr, uint wants, uint64_t entry, bool marked) {
     if (entry != 0) atomicOr(SvmWord(entry).value, 8);
 }
 
+// Looks an address up in a list of ranges, which has one that begins at 0: the last that does not begin behind it.
+bool svm_look_up_(uint64_t list, uint count, uint64_t addr, bool write) {
+    uint low = 0, high = count;
+    while (high - low > 1) {
+        uint middle = (low + high) / 2;
+        if (SvmRange(list + 32 * uint64_t(middle)).begin <= addr) low = middle; else high = middle;
+    }
+    SvmRange range = SvmRange(list + 32 * uint64_t(low));
+    svm_last_ = range.begin;
+    svm_last_bytes_ = range.end - range.begin;
+    svm_delta_ = range.delta + svm_zero_();
+    return addr < range.end && (!write || range.write != 0);
+}
+
 // Translates, and remembers what it found in svm_last_, svm_last_bytes_ and svm_delta_.
 void svm_find_(uint64_t addr, bool write) {
     addr += svm_zero_();
@@ -233,18 +250,10 @@ void svm_find_(uint64_t addr, bool write) {
         svm_delta_ = svm_zero_();
         if (!found) svm_miss_(addr, wants, 0, false);
     } else if (SVM_MODE == SVM_RANGES) {
-        // The last range that does not begin behind it. There is always one: the first is that of nothing, from 0 on.
-        uint low = 0, high = control.levels;
-        while (high - low > 1) {
-            uint middle = (low + high) / 2;
-            if (SvmRange(control.root + 32 * uint64_t(middle)).begin <= addr) low = middle; else high = middle;
-        }
-        SvmRange range = SvmRange(control.root + 32 * uint64_t(low));
-        svm_last_ = range.begin;
-        svm_last_bytes_ = range.end - range.begin;
-        svm_delta_ = range.delta + svm_zero_();
-        found = addr < range.end && (!write || range.write != 0);
+        found = svm_look_up_(control.root, control.levels, addr, write);
         if (!found) svm_miss_(addr, wants, 0, false);
+    } else if (control.twin_ranges != 0 && svm_look_up_(control.twins, control.twin_ranges, addr, write)) {
+        found = true;
     } else {
         uint levels = control.levels;
         uint64_t node = control.root, base = control.base, nowhere = control.nowhere;

@@ -118,7 +118,8 @@ pub enum SvmError {
     /// What one invocation touches at once does not fit.
     #[error(
         "the kernel `{kernel}` does not get on at {addr:#x}: what one invocation needs at once is more than the {pages} pages of the \
-         pool, or something keeps taking it away"
+         pool (have it need less, or make the pool larger), or something keeps touching more pages than can be used by copies (give what \
+         kernels use pages of its own: `SharedBuf`)"
     )]
     Stuck {
         /// The kernel.

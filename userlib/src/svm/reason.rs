@@ -24,6 +24,19 @@ pub(crate) fn why(addr: usize) -> String {
     }
 }
 
+/// Whether the page at an address is private memory that the process may write to, of no file: such as goes to VRAM.
+pub(crate) fn is_private(addr: usize) -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps");
+    maps.is_ok_and(|maps| private_in(&maps, addr))
+}
+
+fn private_in(maps: &str, addr: usize) -> bool {
+    let found = maps.lines().find_map(|line| mapping(line, addr));
+    found.is_some_and(|(access, file)| {
+        access.starts_with("rw") && access.ends_with('p') && !file.starts_with('/')
+    })
+}
+
 fn of_maps(maps: &str, addr: usize) -> String {
     let Some((access, file)) = maps.lines().find_map(|line| mapping(line, addr)) else {
         return String::from("nothing is mapped there");
@@ -74,6 +87,14 @@ mod tests {
         assert!(of_maps(MAPS, 0x7f00_0000_2000).contains("pinned"));
         assert!(of_maps(MAPS, 0x7ffd_0000_0000).contains("[vdso]"));
         assert_eq!(of_maps(MAPS, 0x1000), "nothing is mapped there");
+    }
+
+    #[test]
+    fn only_what_may_be_written_to_and_is_no_files_is_private() {
+        assert!(private_in(MAPS, 0x7f00_0000_2fff));
+        for other in [0x55d0_c000_0000, 0x7f00_0000_0000, 0x7ffd_0000_0000, 0x1000] {
+            assert!(!private_in(MAPS, other), "{other:#x}");
+        }
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct DispatchStats {
     pub bytes_in: u64,
     /// Bytes that were brought back. Of a translated dispatch none: they stay in VRAM until somebody touches them.
     pub bytes_out: u64,
+    /// Pages that kernels used copies of, because something kept taking them out of VRAM.
+    pub pages_by_copy: u64,
     /// The fewest groups that ran at a time because their pages did not fit.
     pub smallest_batch: u32,
     /// Time before the first submission: copies, imports.
@@ -48,6 +50,7 @@ impl DispatchStats {
             serviced_pages: 0,
             bytes_in: 0,
             bytes_out: 0,
+            pages_by_copy: 0,
             smallest_batch: u32::MAX,
             prepare: Duration::ZERO,
             run: Duration::ZERO,
@@ -64,6 +67,7 @@ impl DispatchStats {
         self.serviced_pages += other.serviced_pages;
         self.bytes_in += other.bytes_in;
         self.bytes_out += other.bytes_out;
+        self.pages_by_copy += other.pages_by_copy;
         self.smallest_batch = self.smallest_batch.min(other.smallest_batch);
         self.prepare += other.prepare;
         self.run += other.run;
@@ -76,9 +80,13 @@ impl fmt::Display for DispatchStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         let plural = |n: u64| if n == 1 { "" } else { "s" };
+        let by_copy = match self.pages_by_copy {
+            0 => String::new(),
+            pages => format!(", {pages} page{} by copy", plural(pages)),
+        };
         write!(
             f,
-            "{}: {} group{} in {} round{}, {} fault{}, {} in, {} out; {:.1} ms: {:.1} prepare, {:.1} run, {:.1} service, {:.1} finish",
+            "{}: {} group{} in {} round{}, {} fault{}, {} in, {} out{}; {:.1} ms: {:.1} prepare, {:.1} run, {:.1} service, {:.1} finish",
             self.strategy,
             self.groups,
             plural(self.groups),
@@ -88,6 +96,7 @@ impl fmt::Display for DispatchStats {
             plural(self.faults),
             Bytes(self.bytes_in),
             Bytes(self.bytes_out),
+            by_copy,
             ms(self.prepare + self.run + self.service + self.finish),
             ms(self.prepare),
             ms(self.run),

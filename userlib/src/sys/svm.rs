@@ -4,6 +4,7 @@ mod dispatch;
 pub(crate) mod driver;
 mod place;
 mod shipped;
+mod twins;
 
 use std::ptr::NonNull;
 
@@ -11,6 +12,7 @@ use crate::svm::Miss;
 use crate::Error;
 
 pub(crate) use place::{MappedRange, Placed};
+pub(crate) use twins::Twins;
 
 /// Memory that a device page table and its pages are in, as this process has it mapped.
 #[derive(Clone, Copy, Debug)]
@@ -58,4 +60,7 @@ pub unsafe trait Backend: Send {
 
     /// Brings in what was missed. Returns how many bytes moved.
     fn service(&mut self, misses: &[Miss]) -> Result<u64, Error>;
+
+    /// A dispatch is done: what was counted for it only may be forgotten.
+    fn done(&mut self) {}
 }

@@ -129,6 +129,8 @@ pub(crate) struct Software {
     program: File,
     turn: u64,
     running: bool,
+    /// One of so many pages is touched before each round.
+    touched: Option<usize>,
 }
 
 impl Software {
@@ -150,6 +152,15 @@ impl Software {
                 .unwrap(),
             turn: 0,
             running: false,
+            touched: None,
+        }
+    }
+
+    /// Somebody touches one of so many pages, and brings it home by that, each time before a kernel comes to it.
+    pub(crate) fn touched(self, one_of: usize) -> Self {
+        Self {
+            touched: Some(one_of),
+            ..self
         }
     }
 
@@ -287,7 +298,9 @@ unsafe impl Backend for Software {
         assert!(!std::mem::replace(&mut self.running, true));
         let all: Vec<usize> = self.resident.keys().copied().collect();
         for addr in all {
+            let touched = |one_of| addr / PAGE % one_of == 0;
             match self.of_program(addr) {
+                Some(_) if self.touched.is_some_and(touched) => self.leave(addr),
                 Some(bytes) => {
                     let page = self.resident.get_mut(&addr).unwrap();
                     self.memory.write(page.number, &bytes);

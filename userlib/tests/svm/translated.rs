@@ -1,8 +1,11 @@
 //! Fault and replay, over a pool that is smaller than the data.
 
-use hmm_gpu::{Args, Error, Strategy, SvmError};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hmm_gpu::{Args, Error, Strategy, SvmContext, SvmError};
 
 use crate::data::{alone, bfs, compiled, context, contexts, has_vulkan, saxpy, tree, words, Lists};
+use crate::software::Software;
 
 fn translated(pages: usize) -> hmm_gpu::SvmContext {
     context(Strategy::Translated, pages)
@@ -127,6 +130,53 @@ fn an_invocation_that_needs_more_than_the_pool_is_an_error() {
             );
             assert_eq!(sums, [0; 64]);
         }
+    }
+}
+
+/// Catches a page that is asked for for ever, a copy that is older than what it is of, changes in it that are lost, or made twice, and
+/// bytes that nobody has changed and that are written back.
+#[test]
+fn pages_that_somebody_keeps_touching_are_used_by_a_copy() {
+    let _alone = alone();
+    if !has_vulkan() {
+        return;
+    }
+    for one_of in [1, 3] {
+        let software = Software::new(256).touched(one_of);
+        let context = SvmContext::builder()
+            .strategy(Strategy::Translated)
+            .backend(Box::new(software))
+            .build()
+            .unwrap();
+        let stats = saxpy(&context, 20_000);
+        println!("{stats}");
+        // 38 pages and parts of others.
+        assert!(stats.pages_by_copy >= 38 / one_of as u64, "{stats}");
+        words(&context, 3000);
+        tree(&context, 20);
+        bfs(&context, 30);
+        Lists::new(3, 100, 9).walk(&context);
+
+        // The CPU changes the other half meanwhile: on the page in the middle are both.
+        let mut y = vec![1.0_f32; 20_000];
+        let (ours, theirs) = y.split_at_mut(10_000);
+        let stop = AtomicBool::new(false);
+        let x = vec![1.0_f32; 10_000];
+        let times = std::thread::scope(|scope| {
+            let counts = scope.spawn(|| {
+                let mut times = 0;
+                while times < 1000 || !stop.load(Ordering::Relaxed) {
+                    theirs.iter_mut().for_each(|one| *one += 1.0);
+                    times += 1;
+                }
+                times
+            });
+            context.saxpy(3.0, &x, ours).unwrap();
+            stop.store(true, Ordering::Relaxed);
+            counts.join().unwrap()
+        });
+        assert!(theirs.iter().all(|&one| one == (1 + times) as f32));
+        assert!(ours.iter().all(|&one| one == 4.0));
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::Placed;
+use super::{Placed, Twins};
 use crate::svm::context::{Translated, Work, FAULTS};
 use crate::svm::kernel::Grid;
 use crate::svm::replay::{replay, Batch, Groups, Left, Machine, Outcome};
@@ -29,6 +29,9 @@ struct Control {
     groups_x: u32,
     groups_y: u32,
     filter: u64,
+    twins: u64,
+    twin_ranges: u32,
+    unused: u32,
 }
 
 /// The head of `SvmOutcome`.
@@ -111,6 +114,7 @@ impl SvmContext {
             kernel,
             work,
             placed: placed.as_ref(),
+            twins: None,
             grid,
             times: Times::default(),
         };
@@ -125,8 +129,12 @@ impl SvmContext {
             report,
         );
         let times = running.times;
+        stats.pages_by_copy = running.twins.as_ref().map_or(0, |twins| twins.all());
         stats.run = times.run;
         stats.service = times.service;
+        if let Some(Translated { backend, .. }) = &mut work.translated {
+            backend.done();
+        }
         if let Err(error) = result {
             // Who missed something has to be forgotten.
             work.missed_is_zero = false;
@@ -176,6 +184,8 @@ struct Running<'a> {
     kernel: &'a Kernel,
     work: &'a mut Work,
     placed: Option<&'a Placed>,
+    /// Pages that do not stay in VRAM.
+    twins: Option<Twins>,
     grid: Grid,
     times: Times,
 }
@@ -203,6 +213,9 @@ impl Running<'_> {
             control.base = imported.addr().wrapping_sub(backend.memory().offset);
             control.root = control.base.wrapping_add(table.offset);
             control.levels = table.levels;
+        }
+        if let Some(twins) = &self.twins {
+            (control.twins, control.twin_ranges) = (twins.list(), twins.ranges());
         }
         Ok(control)
     }
@@ -278,6 +291,10 @@ impl Running<'_> {
 impl Machine for Running<'_> {
     fn run(&mut self, batch: Batch<'_>) -> Result<Outcome, Error> {
         let begin = Instant::now();
+        // Before: pages of an execution are waited for until it ends.
+        if let Some(twins) = &mut self.twins {
+            twins.read()?;
+        }
         if let Some(Translated { backend, .. }) = &mut self.work.translated {
             backend.begin()?;
         }
@@ -294,6 +311,9 @@ impl Machine for Running<'_> {
             }
         } else {
             submitted?;
+        }
+        if let Some(twins) = &self.twins {
+            twins.write_back()?;
         }
         self.times.run += begin.elapsed();
         self.outcome()
@@ -324,7 +344,7 @@ impl Machine for Running<'_> {
             return Ok(0);
         };
         let kernel = || self.kernel.name().to_owned();
-        let moved = match (self.context.strategy(), &mut self.work.translated) {
+        let mut moved = match (self.context.strategy(), &mut self.work.translated) {
             (Strategy::Translated, Some(Translated { backend, .. })) => backend
                 .service(misses)
                 .map_err(|error| reason::explain(error, self.kernel.name())),
@@ -346,8 +366,30 @@ impl Machine for Running<'_> {
             }
             .into()),
         };
+        // What is private, and does not come however often it is asked for.
+        if let Err(Error::Svm(SvmError::NotInVram { addr, .. })) = moved {
+            if self.use_a_copy(addr)? {
+                moved = Ok(0);
+            }
+        }
         self.times.service += begin.elapsed();
         moved
+    }
+
+    fn use_a_copy(&mut self, addr: usize) -> Result<bool, Error> {
+        if self.work.translated.is_none() || !reason::is_private(addr) {
+            return Ok(false);
+        }
+        let twins = match &mut self.twins {
+            Some(twins) => twins,
+            none => none.insert(Twins::new(&self.context.gpu)?),
+        };
+        tracing::debug!(
+            kernel = self.kernel.name(),
+            addr,
+            "a page does not stay in VRAM"
+        );
+        Ok(twins.add(addr))
     }
 
     fn room(&self) -> usize {
