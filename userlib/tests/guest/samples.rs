@@ -85,6 +85,35 @@ fn saxpy_is_right_in_every_way() {
     driver.finish();
 }
 
+/// Catches pointers that are not followed, and links beside which the dispatching thread has something of its own, whose page does not
+/// stay in VRAM for that.
+#[test]
+fn linked_list_is_walked_in_every_way() {
+    let driver = Driver::load("soft=1 soft_mib=16");
+    let text = sample("linked_list", &["3000"]);
+    for strategy in hmm_gpu::Strategy::ALL {
+        let runs = |line: &&str| line.contains(&format!(" ms  {strategy}: "));
+        assert_eq!(text.lines().filter(runs).count(), 2, "{strategy}");
+    }
+    assert!(text.contains("All sums are right, each time."));
+    driver.finish();
+}
+
+/// Catches what a kernel writes to a page that does not stay in VRAM, and is lost; and levels that are not those of the CPU.
+#[test]
+fn graph_bfs_finds_what_the_cpu_finds() {
+    let driver = Driver::load("soft=1 soft_mib=16");
+    let text = sample("graph_bfs", &["500"]);
+    for strategy in hmm_gpu::Strategy::ALL {
+        let runs = |line: &&str| line.contains(&format!(" ms  {strategy}: "));
+        assert_eq!(text.lines().filter(runs).count(), 1, "{strategy}");
+    }
+    // On the way, and in the end.
+    assert!(text.contains(" 1 2 5 8 24 47 62 61 68 62 35 8 6 5 1; not reached: 105."));
+    assert!(text.contains("All distances are right, each time."));
+    driver.finish();
+}
+
 /// Catches a header that no C compiler takes, and pages that a child sees otherwise than its parent.
 #[test]
 fn fork_cow_shows_pages_that_are_shared_in_vram() {
