@@ -75,11 +75,23 @@ impl Table for DeviceMemory {
         map: &PageMap<Self>,
         own: Option<&Private>,
     ) -> Result<TablePage> {
+        // So often is what was made room for taken by others.
+        const ATTEMPTS: usize = 64;
+
         let memory = map.data();
         let taker = Taker::table(own.map_or(SHARED, Private::pool));
         let mut index = [0];
         let mut take = || memory.take(taker, 0, &mut index) == 1;
-        let taken = take() || (make_room(map, taker, 1) && take());
+        let mut attempts = 0;
+        let taken = loop {
+            if take() {
+                break true;
+            }
+            attempts += 1;
+            if attempts > ATTEMPTS || !make_room(map, taker, 1) {
+                break false;
+            }
+        };
         if !taken {
             memory.counters.vram_failures.add(1);
             return Err(ENOSPC);

@@ -173,6 +173,14 @@ impl<T: Ops> State<'_, T> {
         (first + i) % pages == 0 && i + pages <= self.pages
     }
 
+    /// Whether device pages may be among the sources.
+    fn may_be_of_device(&self) -> bool {
+        match &self.kind {
+            Kind::Vma(args) => args.flags & SELECT_SYSTEM == 0,
+            Kind::Device => true,
+        }
+    }
+
     /// Has the kernel do a step: with its arguments for a range, or with the arrays and their
     /// length for device pages. The arrays are named anew, since this value may have moved.
     fn step(
@@ -310,6 +318,14 @@ impl<'a, T: Ops> Collected<'a, T> {
         // SAFETY: `src` has `used` page frame numbers of the map's pages, which have a `struct
         // page` since the map is registered. It cannot fail: it returns 0 always.
         unsafe { bindings::migrate_device_pfns(entries.src.as_mut_ptr(), used) };
+        // A migration unlocks what it has moved before it gives up its reference (`__migrate_device_finalize`): who was waiting
+        // for that lock with a reference of its own would move the folio, which is nobody's any more, a second time.
+        for entry in entries.src.iter_mut().take(used) {
+            let index = pfn_of(*entry).and_then(|pfn| map.index_of(pfn));
+            if index.is_some_and(|index| map.is_moved(index)) {
+                *entry &= !MIGRATE;
+            }
+        }
         // INVARIANT: Just set up; no destination has been given; the pages are all of `map`, a
         // `PageMap<T>`.
         let state = State {
@@ -433,7 +449,15 @@ impl<'a, T: Ops> Collected<'a, T> {
         // SAFETY: `this` is not used or dropped after this: its state moves to the value returned.
         let mut state = unsafe { core::ptr::read(&this.state) };
         state.pages();
-        Moved { state }
+        let moved = Moved { state };
+        if moved.state.may_be_of_device() {
+            for i in 0..moved.state.pages {
+                if let Some(Source::Device { map, index, .. }) = moved.moved(i) {
+                    map.set_moved(index);
+                }
+            }
+        }
+        moved
     }
 }
 

@@ -106,6 +106,9 @@ const fn head(order: u32) -> i8 {
     order as i8 + 1
 }
 
+/// In the state of a head page: the content is somewhere else, and only a reference keeps the folio.
+const MOVED: i8 = 1 << 4;
+
 /// The largest order of a folio: 2 MiB.
 pub(crate) const MAX_ORDER: u32 = ALIGN.ilog2() - PAGE_SHIFT;
 
@@ -264,7 +267,21 @@ impl<T: Ops> PageMap<T> {
     pub(crate) fn order(&self, index: usize) -> Option<u32> {
         let state = self.state.get(index)?.load(Acquire);
         // CAST: Positive, so it fits.
-        (state > 0).then_some((state - 1) as u32)
+        (state > 0).then_some(((state & !MOVED) - 1) as u32)
+    }
+
+    /// Says that the content of the folio that begins at page `index` is somewhere else now. For who holds its lock.
+    pub(super) fn set_moved(&self, index: usize) {
+        if let (Some(order), Some(state)) = (self.order(index), self.state.get(index)) {
+            // The folio's lock has others see it.
+            state.store(head(order) | MOVED, Relaxed);
+        }
+    }
+
+    /// Whether [`PageMap::set_moved`] was called for the folio that begins at page `index`. For who holds its lock.
+    pub(super) fn is_moved(&self, index: usize) -> bool {
+        let state = self.state.get(index);
+        state.is_some_and(|state| state.load(Relaxed) > MOVED)
     }
 
     /// The offset of the folio that begins at page `index`, in whatever it is mapped in, in pages.

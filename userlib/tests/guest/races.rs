@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::driver::{assert_empty, Driver, GPUS};
+use crate::common::driver::{assert_empty, counters, Driver, GPUS};
 use crate::common::kernel::{self, Entry};
 use crate::common::memory::{Area, Span, HUGE, PAGE};
 use crate::common::random::Random;
@@ -248,6 +248,55 @@ fn what_ksmd_merges_meanwhile_can_be_touched() {
     fs::write(TRACE, "!stacktrace").unwrap();
     (0..PAGES).for_each(|i| alike(i).check(seed(i)));
     drop(area);
+    assert_empty(&device);
+    drop(device);
+    driver.finish();
+}
+
+/// Catches a folio that is moved a second time: a migration unlocks what it has moved before it gives up its reference, and an eviction
+/// may be there just then. Each of several threads makes room for its memory by evicting that of the others, and touches some.
+///
+/// Nothing is freed but what has moved, so what arrived in VRAM is there or has left it, once.
+#[test]
+fn what_has_been_moved_is_not_moved_again() {
+    const THREADS: usize = 3;
+    const PAGES: usize = HUGE / 2 + HUGE / 4;
+
+    let driver = Driver::load("soft=1 soft_mib=4");
+    let device = Device::open(0).unwrap();
+    let areas: Vec<Area> = (0..THREADS)
+        .map(|i| {
+            let area = Area::new(PAGES);
+            area.advise(libc::MADV_NOHUGEPAGE).unwrap();
+            area.fill(i as u64);
+            area
+        })
+        .collect();
+    thread::scope(|scope| {
+        for (i, area) in areas.iter().enumerate() {
+            let device = &device;
+            scope.spawn(move || {
+                let mut random = Random::new(i as u64);
+                for _ in 0..rounds(1000) {
+                    let first = random.below(PAGES - 1);
+                    let span = area.part(first, 1 + random.below(PAGES - first));
+                    try_move(device, span, Target::Device);
+                    area.page(random.below(PAGES)).touch();
+                }
+                area.check(i as u64);
+            });
+        }
+    });
+    let now = counters(&device);
+    let left = now.to_system_pages + now.fault_back_pages + now.pressure_pages + now.evicted_pages;
+    assert!(now.pressure_pages > 0, "{now:#?}");
+    let there = now.live_pages - now.table_pages;
+    assert_eq!(now.to_device_pages, left + there, "{now:#?}");
+    areas
+        .iter()
+        .enumerate()
+        .for_each(|(i, area)| area.check(i as u64));
+    drop(areas);
     assert_empty(&device);
     drop(device);
     driver.finish();
