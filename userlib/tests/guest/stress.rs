@@ -1083,8 +1083,7 @@ fn ksm(file: &str, text: &str) {
 /// whatever the kernel and the driver can do to memory.
 #[test]
 fn whatever_happens_every_byte_is_where_it_belongs() {
-    let usual = if is_checking() { 60 } else { 120 };
-    let time = asked_seconds().unwrap_or(Duration::from_secs(usual));
+    let time = asked_seconds().unwrap_or(Duration::from_secs(120));
     let swap = Swap::on();
     let mut driver = Driver::load("soft=1 soft_mib=12 fault_around=64 bounce_ms=20");
     let soft = Device::open(0).unwrap();
