@@ -1284,7 +1284,7 @@ fn whatever_is_asked_nothing_else_is_changed() {
     let bystander = Area::filled(600, 8);
     to_device(&device, *bystander);
     let seed = seed(0x5eed);
-    let calls = if is_checking() { 25_000 } else { 100_000 };
+    let calls = if is_checking() { 12_500 } else { 100_000 };
     Child::fork(|_| fuzz(seed, calls, asked_seconds().unwrap_or_default())).finish();
     println!("{}", places(&device, *bystander));
     bystander.check(8);

@@ -74,7 +74,7 @@ pub struct Fragments {
 impl Fragments {
     #[track_caller]
     pub fn new() -> Self {
-        const BLOCKS: usize = 200;
+        const BLOCKS: usize = 150;
         // The kernel keeps less than that for itself, and would rather kill. But it keeps more for a while when it had to break up
         // what is large, unless it is told not to.
         const LEFT_MIB: usize = 120;
@@ -117,7 +117,7 @@ impl Fragments {
         // What is whole.
         reserve(100_000);
         assert_eq!(large_pieces(), 0, "pieces of 2 MiB");
-        assert!(free_mib() > 200, "only {} MiB are free", free_mib());
+        assert!(free_mib() > 150, "only {} MiB are free", free_mib());
         Self { pins, _area: area }
     }
 }
