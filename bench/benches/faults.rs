@@ -130,6 +130,7 @@ fn keep(
         at: None,
         ns,
         per: per.to_owned(),
+        svm: None,
         more: Default::default(),
     }))
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use crate::plot::{escaped, lines, Axis, Line, Point, Scale};
+use crate::crossover;
+use crate::plot::{self, escaped, lines, Axis, Line, Point, Scale};
 use crate::record::Measurement;
 use crate::summary::Summary;
 
@@ -17,7 +18,7 @@ pub fn size(bytes: f64) -> String {
 }
 
 fn plain(value: f64) -> String {
-    format!("{value}")
+    format!("{}", (value * 1000.0).round() / 1000.0)
 }
 
 const BYTES: Axis = Axis {
@@ -97,6 +98,8 @@ pub fn plots(summary: &Summary) -> Vec<(&'static str, String)> {
                 &by_case(summary, "scaling", along),
             ),
         ),
+        ("crossover", crossing(summary, Reuse::Least)),
+        ("crossover-reused", crossing(summary, Reuse::Most)),
     ]
 }
 
@@ -122,6 +125,57 @@ fn by_case(summary: &Summary, workload: &str, point: impl Fn(&Measurement) -> Po
         line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
     lines
+}
+
+/// Which of the numbers of uses that there are.
+#[derive(Clone, Copy)]
+enum Reuse {
+    Least,
+    Most,
+}
+
+/// What a dispatch costs over the share of the data that it touches: where lines cross, another strategy is the better one.
+fn crossing(summary: &Summary, reuse: Reuse) -> String {
+    let measured = || crossover::measured(summary, "gather");
+    let all = measured().map(|(_, svm, _)| svm.uses);
+    let uses = match reuse {
+        Reuse::Least => all.min(),
+        Reuse::Most => all.max(),
+    };
+    let mut lines: Vec<Line> = Vec::new();
+    for (m, svm, share) in measured().filter(|(_, svm, _)| Some(svm.uses) == uses) {
+        let point = (share, m.ns.median, Some((m.ns.low, m.ns.high)));
+        match lines.iter_mut().find(|line| line.name == svm.strategy) {
+            Some(line) => line.points.push(point),
+            None => lines.push(Line {
+                name: svm.strategy.clone(),
+                points: vec![point],
+            }),
+        }
+    }
+    let title = match uses {
+        None => "Strategy crossover: sparse gather".to_owned(),
+        Some(1) => "Strategy crossover: sparse gather, data used once".to_owned(),
+        Some(uses) => format!("Strategy crossover: sparse gather, data used {uses} times"),
+    };
+    plot::lines(
+        &title,
+        Axis {
+            title: "% of the pages touched",
+            scale: Scale::Log,
+            label: plain,
+        },
+        Axis {
+            title: if summary.place.instructions {
+                "instructions per dispatch"
+            } else {
+                "ns per dispatch"
+            },
+            scale: Scale::Log,
+            label: plain,
+        },
+        &lines,
+    )
 }
 
 /// What share of touches took no longer than that.
@@ -193,6 +247,7 @@ pub fn page(summary: &Summary) -> String {
     for (_, svg) in plots(summary) {
         html.push_str(&svg);
     }
+    html.push_str(&crossover::html(summary));
     html.push_str(
         "<p>Lines are the middle of all turns, bars the middle half. <a href=\"criterion/report/index.html\">Criterion's report</a>, \
          <a href=\"summary.json\">summary.json</a></p>\n<table><tr><th>workload<th>case<th>pages<th>bytes<th>at<th>turns\
@@ -234,7 +289,7 @@ pub fn table(summary: &Summary) -> String {
         "ns"
     };
     let mut text = format!(
-        "{:<11}{:<36}{:<7}{:>9}{:>7}{:>14}{:>12}{:>20}\n",
+        "{:<11}{:<36}{:<7}{:>10}{:>8}{:>14}{:>12}{:>24}\n",
         "workload",
         "case",
         "pages",
@@ -247,7 +302,7 @@ pub fn table(summary: &Summary) -> String {
     for m in &summary.measurements {
         let _ = writeln!(
             text,
-            "{:<11}{:<36}{:<7}{:>9}{:>7}{:>14.0}{:>12.0}{:>20}  per {}",
+            "{:<11}{:<36}{:<7}{:>10}{:>8}{:>14.0}{:>12.0}{:>24}  per {}",
             m.workload,
             m.case,
             m.pages,
@@ -265,7 +320,7 @@ pub fn table(summary: &Summary) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::summary::tests::{measured, summary};
+    use crate::summary::tests::{measured, summary, svm};
 
     #[test]
     fn sizes_are_said_in_words() {
@@ -288,6 +343,21 @@ mod tests {
         assert_eq!(lines.len(), 2);
         assert_eq!(lines[0].points[0].0, 4096.0);
         assert_eq!(lines[0].points[1].0, (1 << 20) as f64);
+    }
+
+    #[test]
+    fn strategies_are_lines_with_the_fewest_and_the_most_uses() {
+        let all = [(1, 0.1), (1, 10.0), (16, 0.1)].map(|(uses, share)| {
+            ["copy", "translated"].map(|strategy| svm("gather", strategy, uses, share, 50))
+        });
+        let summary = summary(all.into_iter().flatten().collect());
+        let least = crossing(&summary, Reuse::Least);
+        assert!(least.contains("data used once"));
+        assert_eq!(least.matches("<polyline").count(), 2);
+        assert_eq!(least.matches("<circle").count(), 4);
+        let most = crossing(&summary, Reuse::Most);
+        assert!(most.contains("data used 16 times"));
+        assert_eq!(most.matches("<circle").count(), 2);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::PAGE;
 /// One thing that was measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
-    /// The benchmark: `migration`, `faults`, `mirror`, `pressure` or `scaling`.
+    /// The benchmark: `migration`, `faults`, `mirror`, `pressure`, `scaling` or `svm`.
     pub workload: String,
     /// What of it: `to device`, say.
     pub case: String,
@@ -22,16 +22,62 @@ pub struct Measurement {
     pub pages: String,
     /// Bytes that one turn works on.
     pub bytes: u64,
-    /// Where it is along the axis of the workload's plot, if that is not `bytes`: working set over VRAM, or threads.
+    /// Where it is along the axis of the workload's plot, if that is not `bytes`: working set over VRAM, threads, or percent of the pages that
+    /// a kernel touches.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<f64>,
-    /// Nanoseconds per 4 KiB page, or per fault where [`per`](Self::per) says so; instructions on a clock that counts them.
+    /// Nanoseconds per 4 KiB page, or per what [`per`](Self::per) says; instructions on a clock that counts them.
     pub ns: Spread,
-    /// `page` or `fault`.
+    /// `page`, `touch`, `fault`, `dispatch` or `search`.
     pub per: String,
+    /// Of `svm`: what ran, how, and how often.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub svm: Option<Svm>,
     /// What else there is to say of it in numbers: shares of the phases, pages that were evicted.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub more: BTreeMap<String, f64>,
+}
+
+/// What a kernel was measured with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Svm {
+    /// The kernel.
+    pub kernel: String,
+    /// The strategy, as the library names it; or [`KEPT`].
+    pub strategy: String,
+    /// How often the same data was used before the CPU had it again.
+    pub uses: u32,
+}
+
+/// The strategy `mapped` with data that was written to Vulkan's own memory once, for all its uses.
+pub const KEPT: &str = "mapped, kept";
+
+/// What was not measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// The benchmark.
+    pub workload: String,
+    /// What of it: a strategy.
+    pub what: String,
+    /// Why.
+    pub why: String,
+}
+
+/// What a file of records has.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Found {
+    /// What was measured, in the order in which it was.
+    pub measurements: Vec<Measurement>,
+    /// What was not.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A line of it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Measured(Box<Measurement>),
+    LeftOut(LeftOut),
 }
 
 impl Measurement {
@@ -52,6 +98,7 @@ impl Measurement {
             at: None,
             ns: Spread::of(per_page.collect())?,
             per: "page".to_owned(),
+            svm: None,
             more: BTreeMap::new(),
         })
     }
@@ -79,8 +126,17 @@ impl Records {
 
     /// Writes one.
     pub fn add(&mut self, measurement: &Measurement) -> io::Result<()> {
+        self.write(measurement)
+    }
+
+    /// Writes that something is not measured, and why.
+    pub fn leave_out(&mut self, what: &LeftOut) -> io::Result<()> {
+        self.write(what)
+    }
+
+    fn write(&mut self, record: &impl Serialize) -> io::Result<()> {
         if let Some(file) = &mut self.file {
-            let mut line = serde_json::to_vec(measurement)?;
+            let mut line = serde_json::to_vec(record)?;
             line.push(b'\n');
             file.write_all(&line)?;
         }
@@ -89,10 +145,16 @@ impl Records {
 }
 
 /// Reads what was left.
-pub fn read(path: &Path) -> io::Result<Vec<Measurement>> {
+pub fn read(path: &Path) -> io::Result<Found> {
     let text = std::fs::read_to_string(path)?;
-    let lines = text.lines().filter(|line| !line.is_empty());
-    lines.map(|line| Ok(serde_json::from_str(line)?)).collect()
+    let mut found = Found::default();
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        match serde_json::from_str(line)? {
+            Line::Measured(measured) => found.measurements.push(*measured),
+            Line::LeftOut(what) => found.left_out.push(what),
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -120,11 +182,20 @@ mod tests {
         records.add(&measured).unwrap();
         measured.at = Some(0.5);
         measured.more.insert("copy".to_owned(), 0.25);
+        let what = LeftOut {
+            workload: "w".to_owned(),
+            what: "native".to_owned(),
+            why: "it is another device".to_owned(),
+        };
+        records.leave_out(&what).unwrap();
         records.add(&measured).unwrap();
         let found = read(&path).unwrap();
+        std::fs::write(&path, "{\"workload\": 1}\n").unwrap();
+        assert!(read(&path).is_err());
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(found.len(), 2);
-        assert_eq!(found[1], measured);
-        assert_eq!(found[0].at, None);
+        assert_eq!(found.measurements.len(), 2);
+        assert_eq!(found.measurements[1], measured);
+        assert_eq!(found.measurements[0].at, None);
+        assert_eq!(found.left_out, [what]);
     }
 }

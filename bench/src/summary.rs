@@ -2,10 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::record::Measurement;
+use crate::record::{LeftOut, Measurement};
+use hmm_gpu::Strategy;
 
 /// The number of the schema that is written. `Documentation/benchmarks.md` describes it.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
+
+/// The kernels that each strategy is measured with.
+pub const KERNELS: [&str; 4] = ["saxpy", "gather", "lists", "search"];
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,6 +20,9 @@ pub struct Summary {
     pub place: Place,
     /// What was measured, in the order in which it was.
     pub measurements: Vec<Measurement>,
+    /// What was not measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
 }
 
 /// Where measurements were taken.
@@ -91,6 +98,49 @@ impl Summary {
                 ));
             }
         }
+        problems.extend(self.svm_problems());
+        problems
+    }
+
+    /// What is wrong with the measurements of shared virtual addressing, if there are any: each strategy has each kernel, or a reason.
+    fn svm_problems(&self) -> Vec<String> {
+        let of_svm = |workload: &str| workload == "svm";
+        let measured = self.measurements.iter().filter(|m| of_svm(&m.workload));
+        let left_out: Vec<&LeftOut> = self
+            .left_out
+            .iter()
+            .filter(|what| of_svm(&what.workload))
+            .collect();
+        let mut problems = Vec::new();
+        let mut seen = Vec::new();
+        for m in measured {
+            match (&m.svm, m.at) {
+                (Some(svm), Some(share)) if svm.uses > 0 && share > 0.0 && share <= 100.0 => {
+                    seen.push((svm.kernel.as_str(), svm.strategy.as_str()));
+                }
+                _ => problems.push(format!(
+                    "svm, {}: it lacks a kernel with its uses, or its share is none: {:?}, {:?}",
+                    m.case, m.svm, m.at
+                )),
+            }
+        }
+        if seen.is_empty() && left_out.is_empty() {
+            return problems;
+        }
+        for strategy in Strategy::ALL.map(|strategy| strategy.to_string()) {
+            match left_out.iter().find(|what| what.what == strategy) {
+                Some(what) if what.why.is_empty() => {
+                    problems.push(format!("svm: {strategy} is left out without a reason"));
+                }
+                Some(_) => {}
+                None => problems.extend(
+                    KERNELS
+                        .iter()
+                        .filter(|kernel| !seen.contains(&(kernel, strategy.as_str())))
+                        .map(|kernel| format!("svm: no {kernel} with {strategy}, and no reason")),
+                ),
+            }
+        }
         problems
     }
 }
@@ -98,6 +148,7 @@ impl Summary {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::record::Svm;
     use std::time::Duration;
 
     pub(crate) fn measured(workload: &str, case: &str, bytes: usize, us: u64) -> Measurement {
@@ -110,7 +161,57 @@ pub(crate) mod tests {
             schema: SCHEMA,
             place: Place::here("a device".to_owned()),
             measurements,
+            left_out: Vec::new(),
         }
+    }
+
+    /// A turn of a kernel that took so many microseconds, within a tenth.
+    pub(crate) fn svm(kernel: &str, strategy: &str, uses: u32, share: f64, us: u64) -> Measurement {
+        let times = [us * 9 / 10, us, us * 11 / 10].map(Duration::from_micros);
+        let case = format!("{kernel}, {strategy}, {uses}");
+        let mut measured = Measurement::of_turns(("svm", &case), "4 KiB", 4096, &times).unwrap();
+        measured.at = Some(share);
+        measured.per = "dispatch".to_owned();
+        measured.svm = Some(Svm {
+            kernel: kernel.to_owned(),
+            strategy: strategy.to_owned(),
+            uses,
+        });
+        measured
+    }
+
+    #[test]
+    fn each_strategy_is_measured_or_left_out_with_a_reason() {
+        let all = |strategies: &[&str]| -> Vec<Measurement> {
+            let of = |strategy| KERNELS.map(|kernel| svm(kernel, strategy, 1, 100.0, 50));
+            strategies
+                .iter()
+                .flat_map(|strategy| of(*strategy))
+                .collect()
+        };
+        let most = ["native", "imported", "mapped", "copy"];
+        let mut summary = summary(all(&most));
+        assert_eq!(summary.problems().len(), KERNELS.len());
+        summary.left_out.push(LeftOut {
+            workload: "svm".to_owned(),
+            what: "translated".to_owned(),
+            why: String::new(),
+        });
+        assert!(summary.problems()[0].contains("without a reason"));
+        summary.left_out[0].why = "there is no driver".to_owned();
+        assert_eq!(summary.problems(), Vec::<String>::new());
+        let text = serde_json::to_string(&summary).unwrap();
+        assert_eq!(serde_json::from_str::<Summary>(&text).unwrap(), summary);
+        summary
+            .measurements
+            .retain(|m| !m.case.starts_with("lists, copy"));
+        assert_eq!(
+            summary.problems(),
+            ["svm: no lists with copy, and no reason"]
+        );
+        summary.measurements[0].at = Some(101.0);
+        summary.measurements[1].svm = None;
+        assert!(summary.problems().len() > 2);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use hmm_gpu_bench::summary::{Place, Summary, SCHEMA};
-use hmm_gpu_bench::{page, record};
+use hmm_gpu_bench::{crossover, page, record};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -26,10 +26,12 @@ fn main() -> ExitCode {
 
 fn report(records: &Path, dir: &Path) -> Result<(), Box<dyn Error>> {
     let device = std::env::var("HMM_GPU_BENCH_DEVICE").unwrap_or_else(|_| "unknown".to_owned());
+    let found = record::read(records)?;
     let summary = Summary {
         schema: SCHEMA,
         place: Place::here(device),
-        measurements: record::read(records)?,
+        measurements: found.measurements,
+        left_out: found.left_out,
     };
     usable(&summary)?;
     std::fs::create_dir_all(dir)?;
@@ -41,7 +43,7 @@ fn report(records: &Path, dir: &Path) -> Result<(), Box<dyn Error>> {
     for (name, svg) in page::plots(&summary) {
         std::fs::write(dir.join(format!("{name}.svg")), svg)?;
     }
-    print!("{}", page::table(&summary));
+    print!("{}{}", page::table(&summary), crossover::text(&summary));
     Ok(())
 }
 
