@@ -9,6 +9,7 @@ mod migration;
 mod mirror;
 mod pressure;
 mod scaling;
+mod svm;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -19,12 +20,13 @@ use hmm_gpu_bench::plan::Plan;
 
 /// What `HMM_GPU_BENCH_ONLY` may name, in the order in which they run.
 type Workload = fn(&mut Bench, &mut Criterion) -> Result<(), Box<dyn Error>>;
-const WORKLOADS: [(&str, Workload); 5] = [
+const WORKLOADS: [(&str, Workload); 6] = [
     ("migration", migration::run),
     ("faults", faults::run),
     ("mirror", mirror::run),
     ("pressure", pressure::run),
     ("scaling", scaling::run),
+    ("svm", svm::run),
 ];
 
 fn main() -> ExitCode {
@@ -51,9 +53,21 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Err(format!("no benchmark is called {unknown}").into());
     }
     let mut bench = Bench::new()?;
-    // Of criterion's analysis, no more than an emulated processor has time for.
-    let (resamples, plots) = match bench.plan {
+    for (name, workload) in WORKLOADS {
+        if wanted.is_empty() || wanted.contains(&name) {
+            let mut criterion = criterion(name, bench.plan);
+            workload(&mut bench, &mut criterion)?;
+        }
+    }
+    criterion("", bench.plan).final_summary();
+    Ok(())
+}
+
+/// Of criterion's analysis, no more than an emulated processor has time for: of `svm`'s many cases no plots.
+fn criterion(workload: &str, plan: Plan) -> Criterion {
+    let (resamples, plots) = match plan {
         Plan::Quick => (1_000, false),
+        Plan::Emulated if workload == "svm" => (1_000, false),
         Plan::Emulated => (5_000, true),
         Plan::Full => (100_000, true),
     };
@@ -61,12 +75,5 @@ fn run() -> Result<(), Box<dyn Error>> {
     if !plots {
         criterion = criterion.without_plots();
     }
-    criterion = criterion.configure_from_args();
-    for (name, workload) in WORKLOADS {
-        if wanted.is_empty() || wanted.contains(&name) {
-            workload(&mut bench, &mut criterion)?;
-        }
-    }
-    criterion.final_summary();
-    Ok(())
+    criterion.configure_from_args()
 }
