@@ -61,7 +61,7 @@ impl Sizes {
                 uses: &[1, 4, 16],
                 gathers: &[1, 4, 16],
                 searches: &[1],
-                time: ms(250),
+                time: ms(150),
             },
             Plan::Full => Self {
                 floats: 1 << 20,
