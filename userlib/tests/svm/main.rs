@@ -24,4 +24,5 @@ mod every;
 mod misuse;
 mod shaders;
 mod software;
+mod stays;
 mod translated;

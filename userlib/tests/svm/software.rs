@@ -131,6 +131,7 @@ pub(crate) struct Software {
     running: bool,
     /// One of so many pages is touched before each round.
     touched: Option<usize>,
+    still: bool,
 }
 
 impl Software {
@@ -153,15 +154,20 @@ impl Software {
             turn: 0,
             running: false,
             touched: None,
+            still: false,
         }
     }
 
+    /// The program does not touch what is in the pool: it gets it back when this ends.
+    pub(crate) fn still(mut self) -> Self {
+        self.still = true;
+        self
+    }
+
     /// Somebody touches one of so many pages, and brings it home by that, each time before a kernel comes to it.
-    pub(crate) fn touched(self, one_of: usize) -> Self {
-        Self {
-            touched: Some(one_of),
-            ..self
-        }
+    pub(crate) fn touched(mut self, one_of: usize) -> Self {
+        self.touched = Some(one_of);
+        self
     }
 
     /// What the program has at an address, if it has something.
@@ -177,6 +183,28 @@ impl Software {
         if let Some(page) = self.resident.remove(&addr) {
             self.tree.clear(addr, addr + PAGE, Some(&self.memory));
             self.memory.free.lock().unwrap().push(page.number);
+        }
+    }
+
+    /// Writes to the program's memory what work has changed, and nothing else.
+    fn give_back(&mut self) {
+        for (&addr, page) in &mut self.resident {
+            let now = self.memory.read(page.number);
+            assert!(
+                page.write || now == page.twin,
+                "a page was changed that was mapped for reading"
+            );
+            let mut at = 0;
+            while let Some(from) = (at..PAGE).find(|&i| now[i] != page.twin[i]) {
+                let to = (from..PAGE)
+                    .find(|&i| now[i] == page.twin[i])
+                    .unwrap_or(PAGE);
+                self.program
+                    .write_all_at(&now[from..to], (addr + from) as u64)
+                    .unwrap();
+                at = to;
+            }
+            page.twin = now;
         }
     }
 
@@ -252,6 +280,14 @@ impl Software {
     }
 }
 
+impl Drop for Software {
+    fn drop(&mut self) {
+        if self.still {
+            self.give_back();
+        }
+    }
+}
+
 fn place(memory: &Arc<Memory>) -> Place {
     let number = memory.free.lock().unwrap().pop().unwrap();
     memory.write(number, &[0; PAGE]);
@@ -296,6 +332,9 @@ unsafe impl Backend for Software {
 
     fn begin(&mut self) -> Result<(), Error> {
         assert!(!std::mem::replace(&mut self.running, true));
+        if self.still {
+            return Ok(());
+        }
         let all: Vec<usize> = self.resident.keys().copied().collect();
         for addr in all {
             let touched = |one_of| addr / PAGE % one_of == 0;
@@ -314,23 +353,8 @@ unsafe impl Backend for Software {
 
     fn end(&mut self) -> Result<bool, Error> {
         assert!(std::mem::replace(&mut self.running, false));
-        for (&addr, page) in &mut self.resident {
-            let now = self.memory.read(page.number);
-            assert!(
-                page.write || now == page.twin,
-                "a page was changed that was mapped for reading"
-            );
-            let mut at = 0;
-            while let Some(from) = (at..PAGE).find(|&i| now[i] != page.twin[i]) {
-                let to = (from..PAGE)
-                    .find(|&i| now[i] == page.twin[i])
-                    .unwrap_or(PAGE);
-                self.program
-                    .write_all_at(&now[from..to], (addr + from) as u64)
-                    .unwrap();
-                at = to;
-            }
-            page.twin = now;
+        if !self.still {
+            self.give_back();
         }
         Ok(true)
     }
