@@ -128,7 +128,11 @@ fn context(strategy: Strategy) -> Result<Result<SvmContext, String>, Box<dyn Err
             | SvmError::Lacks { .. }
             | SvmError::Unavailable { .. }),
         )) => Ok(Err(error.to_string())),
-        Err(error) => Err(error.into()),
+        // A loader that finds no driver refuses an instance.
+        Err(error) => match hmm_gpu::doctor().devices {
+            Err(why) => Ok(Err(why)),
+            Ok(_) => Err(error.into()),
+        },
     }
 }
 
