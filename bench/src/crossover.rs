@@ -6,6 +6,9 @@ use crate::plot::escaped;
 use crate::record::{Measurement, Svm, KEPT};
 use crate::summary::Summary;
 
+/// What the spread of a case does not know of.
+const CAVEAT: &str = "Strategies were measured one after the other: what else the machine did meanwhile is not in the spreads. On a busy one, compare two runs.";
+
 /// Pointers that lead anywhere, and nobody names what a kernel touches.
 const SHARED: [&str; 2] = ["translated", "native"];
 /// Bytes go to the device's memory and back.
@@ -230,6 +233,9 @@ pub fn text(summary: &Summary) -> String {
     for line in lists(summary) {
         let _ = writeln!(text, "- {line}.");
     }
+    if !all.is_empty() {
+        let _ = writeln!(text, "{CAVEAT}");
+    }
     text
 }
 
@@ -277,6 +283,9 @@ pub fn html(summary: &Summary) -> String {
         let _ = writeln!(html, "<li>{}.</li>", escaped(&line));
     }
     html.push_str("</ul>\n");
+    if !all.is_empty() {
+        let _ = writeln!(html, "<p>{CAVEAT}</p>");
+    }
     html
 }
 
@@ -366,5 +375,6 @@ mod tests {
         let html = html(&crossing());
         assert_eq!(html.matches("<tr><th>gather").count(), 5);
         assert!(html.contains("translated beats copy 5.0 times") && html.contains("too close"));
+        assert!(html.contains(CAVEAT) && text(&crossing()).contains(CAVEAT));
     }
 }
