@@ -75,7 +75,7 @@ uninstall: ## remove what install has put there, of this kernel release
 	$(if $(DESTDIR)$(if $(RELEASE),,no module),,depmod "$(RELEASE)")
 
 .PHONY: doc
-doc: prepare ## the book of Documentation/ and what the crate says of itself (target/doc)
+doc: driver ## build the book of Documentation/ and what the crate and the module say of themselves (target/doc)
 	@$(VM)/enter -- bench/doc
 
 .PHONY: shaders

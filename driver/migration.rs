@@ -579,6 +579,9 @@ impl<'a> Request<'a> {
 
     /// Moves those pages of `[start, end)` that are in what is selected.
     ///
+    /// What is on the device already, before and after what is not, is left out: to collect a range is to invalidate all that
+    /// devices know of it (`mmu_notifier_invalidate_range_start` in `migrate_vma_collect`), whatever it finds there.
+    ///
     /// Pages that KSM has merged are not collected at all. `migrate_vma_collect_pmd` puts a migration entry
     /// in the place of each page before it knows that the reverse map has that place, and takes it away by
     /// the reverse map; KSM's has no place where ksmd has not been since a fork, or since it last found the
@@ -613,10 +616,15 @@ impl<'a> Request<'a> {
             if self.seat.mirror.look(lock, at, seen).is_err() {
                 break;
             }
-            let merged = seen.iter().take_while(|seen| seen.is_merged()).count();
-            let rest = seen.iter().skip(merged);
-            let others = rest.take_while(|seen| !seen.is_merged()).count();
-            at += merged * PAGE_BYTES;
+            let is_here = |seen: &Seen| seen.pfn().and_then(|pfn| map.index_of(pfn)).is_some();
+            let stays = |seen: &&Seen| seen.is_merged() || is_here(seen);
+            let staying = seen.iter().take_while(stays).count();
+            let rest = seen.iter().skip(staying);
+            let others = rest.clone().take_while(|seen| !seen.is_merged()).count();
+            // What is here at the end stays out of it too.
+            let last = rest.take(others).rposition(|seen| !is_here(seen));
+            let others = last.map_or(0, |last| last + 1);
+            at += staying * PAGE_BYTES;
             if others == 0 {
                 break;
             }

@@ -15,7 +15,7 @@ use crate::common::mirror::{
     READ, WRITE,
 };
 use crate::common::random::Random;
-use crate::common::{assert_place, eventually, patience, places, to_device};
+use crate::common::{assert_place, eventually, moved, patience, places, to_device};
 use hmm_gpu::uapi::{
     HMM_GPU_MAX_FAULTS as MAX_FAULTS, HMM_GPU_PTE_OFFSET_MASK as OFFSET,
     HMM_GPU_PTE_REQUESTED as REQUESTED, HMM_GPU_PTE_SYSTEM as SYSTEM, HMM_GPU_PTE_VALID as VALID,
@@ -480,6 +480,32 @@ fn a_table_is_as_big_as_what_it_maps_and_goes_with_its_file() {
         eventually("the nodes are given back", || {
             counters(device).table_pages == 0
         });
+    });
+}
+
+/// Catches a prefetch that takes from the device page table what is in VRAM already: the device would miss all of it.
+#[test]
+fn what_is_there_already_is_not_invalidated_by_a_prefetch() {
+    on_each_kind(|device| {
+        let area = Area::new(100);
+        area.advise(libc::MADV_NOHUGEPAGE).unwrap();
+        device_fill_by(device, *area, 1, MIGRATE);
+        let before = table(device);
+        assert_eq!(before.entries, 100);
+        assert_eq!(to_device(device, *area), moved(0, 100, 0, 0));
+        let after = table(device);
+        assert_eq!(
+            (after.entries, after.invalidations),
+            (100, before.invalidations)
+        );
+        area.part(0, 10).touch();
+        area.part(95, 5).check(1);
+        let some = table(device);
+        assert_eq!(some.entries, 85);
+        assert_eq!(to_device(device, area.part(0, 95)), moved(10, 85, 0, 0));
+        assert_eq!(table(device).entries, 85);
+        device_check(device, *area, 1);
+        area.check(1);
     });
 }
 
