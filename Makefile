@@ -12,7 +12,7 @@ help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: prepare
-prepare: ## make all that the rest needs: a Debian tree, the kernel, its source (once; about 3.5 GB in the cache folder, where `make test` leaves 2 GB of built crates too)
+prepare: ## make all that the rest needs: a Debian tree, the kernel, its source (once; about 5.5 GB in the cache folder, where `make test` leaves 2 GB of built crates too)
 	@$(VM)/prepare
 
 .PHONY: driver
