@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod import;
 mod pool;
 
 use crate::{
@@ -22,6 +23,7 @@ use crate::{
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
+    import::Held,
     migration::{Progress, Request, Target},
     pool::Private,
     prefetch::{Job, Prefetches},
@@ -70,6 +72,8 @@ pub(crate) struct Client {
     /// Its own, if it has one: dropped after the mirror, whose nodes are in it.
     private: SetOnce<Arc<Private>>,
     share: Arc<Share>,
+    /// The device, if it is this client's own.
+    _device: Option<Held>,
 }
 
 /// What a client has of the VRAM: closed when it is dropped.
@@ -138,18 +142,7 @@ impl node::Client for Client {
     type Device = Arc<MemoryGate>;
 
     fn open(gate: &Arc<MemoryGate>) -> Result<impl PinInit<Self, Error>> {
-        let mm = ARef::<Mm>::from(&**current!().mm().ok_or(EINVAL)?);
-        let gate = gate.clone();
-        let share = Arc::new(Share::new(gate.clone())?, GFP_KERNEL_ACCOUNT)?;
-        Ok(try_pin_init!(Self {
-            prefetches: Prefetches::new(mm.clone(), share.clone())?,
-            gate,
-            mm,
-            mirror: SetOnce::new(),
-            mirror_lock <- new_mutex!(()),
-            private: SetOnce::new(),
-            share,
-        }))
+        Self::new(gate, None)
     }
 
     fn ioctl(self: Pin<&Self>, number: u32, argument: usize) -> Result {
@@ -169,6 +162,7 @@ impl node::Client for Client {
             n if n == uapi::HMM_GPU_POOL & !SIZE_BITS => self.make_pool(mm, number, argument),
             n if n == uapi::HMM_GPU_EXECUTE & !SIZE_BITS => self.execute(mm, number, argument),
             n if n == uapi::HMM_GPU_PREFETCH & !SIZE_BITS => self.prefetch(mm, number, argument),
+            n if n == uapi::HMM_GPU_IMPORT & !SIZE_BITS => self.import(mm, number, argument),
             _ => Err(ENOTTY),
         }
     }
@@ -194,6 +188,23 @@ impl node::Client for Client {
 }
 
 impl Client {
+    /// One of the device behind `gate`, for the address space of the calling task.
+    fn new(gate: &Arc<MemoryGate>, device: Option<Held>) -> Result<impl PinInit<Self, Error>> {
+        let mm = ARef::<Mm>::from(&**current!().mm().ok_or(EINVAL)?);
+        let gate = gate.clone();
+        let share = Arc::new(Share::new(gate.clone())?, GFP_KERNEL_ACCOUNT)?;
+        Ok(try_pin_init!(Self {
+            prefetches: Prefetches::new(mm.clone(), share.clone())?,
+            gate,
+            mm,
+            mirror: SetOnce::new(),
+            mirror_lock <- new_mutex!(()),
+            private: SetOnce::new(),
+            share,
+            _device: device,
+        }))
+    }
+
     /// The address space of the calling task, if it is the file's own (`EPERM`) and the device is
     /// there (`ENODEV`): so that these answers do not depend on a call's arguments.
     pub(crate) fn own<'a>(&self, current: &'a CurrentTask) -> Result<&'a MmWithUser> {

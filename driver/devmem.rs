@@ -19,6 +19,7 @@ use crate::{
         pagemap::{Form, Kind, Ops, Owner, PageMap},
         PAGE_BYTES,
     },
+    import::{self, Imports},
     migration::{move_to_system, new_folio, Cause, Scratch},
     pool::Pools,
     sleep::Sleep,
@@ -63,6 +64,9 @@ pub(crate) struct DeviceMemory {
     pub(crate) bounces: Bounces,
     #[pin]
     pub(crate) pools: Pools,
+    /// Devices that its clients have made.
+    #[pin]
+    pub(crate) imports: Imports,
     pub(crate) tally: Tally,
     #[cfg(CONFIG_KASAN)]
     poison: crate::poison::Poison,
@@ -87,6 +91,7 @@ impl DeviceMemory {
             around: Around::new()?,
             bounces: Bounces::new()?,
             pools <- Pools::new(),
+            imports <- Imports::new(),
             tally: Tally::new(),
         })
     }
@@ -119,9 +124,9 @@ impl DeviceMemory {
     pub(crate) fn give_back(&self, index: usize, order: u32) {
         let owner = self.alloc.usage().owner(index);
         self.counters.add(owner, |it| &it.freed, 1 << order);
-        // Who has mapped a private pool may write to what is free there.
+        // Who has mapped a private pool, or what it has given, may write to what is free there.
         #[cfg(CONFIG_KASAN)]
-        if self.alloc.usage().pool_of(index) == crate::bitmap::SHARED {
+        if self.alloc.usage().pool_of(index) == crate::bitmap::SHARED && !self.vram.is_imported() {
             self.poison.put(&self.vram, index, order);
         }
         self.alloc.give_back(index, order);
@@ -152,10 +157,16 @@ impl DeviceMemory {
             Kind::Coherent => uapi::HMM_GPU_CAP_COHERENT,
         };
         let bytes = |pages: usize| (pages * PAGE_BYTES) as u64;
+        let imports = if import::may(&self.vram, kind) {
+            uapi::HMM_GPU_CAP_IMPORT
+        } else {
+            0
+        };
         uapi::hmm_gpu_query {
             flags: 0,
             version: uapi::HMM_GPU_VERSION,
             capabilities: touched
+                | imports
                 | uapi::HMM_GPU_CAP_MIGRATE
                 | uapi::HMM_GPU_CAP_RESIDENCY
                 | uapi::HMM_GPU_CAP_COUNTERS
@@ -167,6 +178,7 @@ impl DeviceMemory {
             source: match self.vram {
                 Vram::Pci(_) => uapi::HMM_GPU_SOURCE_PCI,
                 Vram::Soft(_) => uapi::HMM_GPU_SOURCE_SOFT,
+                Vram::DmaBuf(_) => uapi::HMM_GPU_SOURCE_DMA_BUF,
             },
             form: match self.identity.form {
                 Form::Add => uapi::HMM_GPU_FORM_ADD,
@@ -260,11 +272,11 @@ impl Ops for DeviceMemory {
         memory.splitter.finish();
         #[cfg(CONFIG_KASAN)]
         memory.poison.check_all(&memory.vram, memory.identity.unit);
-        // The next driver of the BAR may hand out what is in it.
-        if let Vram::Pci(bar) = &memory.vram {
+        // The next driver of the BAR may hand out what is in it, and so may the exporter of a dma-buf.
+        if !matches!(memory.vram, Vram::Soft(_)) {
             memory.alloc.for_each_block(|offset| {
                 // CAST: An offset in bytes fits in a word. It is inside, so this cannot fail.
-                let _ = bar.zero(offset as usize, BLOCK_BYTES as usize);
+                let _ = memory.vram.zero(offset as usize, BLOCK_BYTES as usize);
             });
         }
     }

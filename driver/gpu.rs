@@ -22,7 +22,7 @@ use kernel::{prelude::*, sync::Arc};
 
 /// A device that is in use. `D` is, or owns, what it is bound to.
 ///
-/// Executions come to an end first. Then the fields are dropped in their order, which is the teardown: no new files; no new calls,
+/// Devices that its clients have made go first, and executions come to an end. Then the fields are dropped in their order, which is the teardown: no new files; no new calls,
 /// and wait for those that run; evict, unregister the pages and let go of the VRAM; and last the
 /// number.
 pub(crate) struct Gpu<D: Parent> {
@@ -74,7 +74,10 @@ impl<D: Parent> Gpu<D> {
         let map: &PageMap<DeviceMemory> = memory.owner().lend();
         map.data().splitter.set_gate(memory.gate());
         unit.set_pages(map.first_pfn(), map.pages());
-        pr_info!(
+        // Not for what any client can have happen as often as it likes.
+        let is_said = !map.data().vram.is_imported();
+        if is_said {
+            pr_info!(
             "{}: {} MiB of VRAM as device-{} pages at {:#x}\n",
             unit.name(),
             bytes >> 20,
@@ -84,6 +87,7 @@ impl<D: Parent> Gpu<D> {
             },
             memory.owner().start()
         );
+        }
         trace::bind(unit.number(), memory.owner().start(), bytes, true);
         Ok(Self {
             node: None,
@@ -114,7 +118,9 @@ impl<D: Parent> Gpu<D> {
 
 impl<D: Parent> Drop for Gpu<D> {
     fn drop(&mut self) {
+        let memory = self.memory.owner().lend().data();
+        memory.imports.close();
         // With calls being served still: one of them ends an execution.
-        self.memory.owner().lend().data().close_pools();
+        memory.close_pools();
     }
 }

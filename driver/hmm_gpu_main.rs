@@ -22,6 +22,7 @@ mod fail;
 mod faults;
 mod gpu;
 mod hmm;
+mod import;
 mod migration;
 mod pci;
 mod phases;
@@ -56,6 +57,7 @@ module! {
     authors: ["The hmm-gpu authors"],
     description: "GPU memory as device-private pages",
     license: "GPL",
+    imports_ns: ["DMA_BUF"],
     params: {
         soft: u32 {
             default: 1,
@@ -72,6 +74,10 @@ module! {
         pool_share: u32 {
             default: 50,
             description: "Percent of the VRAM that private pools may have together (0 to 100)",
+        },
+        import_mib: u32 {
+            default: 0,
+            description: "MiB of dma-bufs that clients may give to the driver together, as VRAM of their own (0: none)",
         },
         fault_around: u32 {
             default: 64,

@@ -360,7 +360,11 @@ impl Drop for Private {
 impl DeviceMemory {
     /// Takes the number of a pool of `count` blocks, if the device has pools, and there may be so many blocks in them.
     fn reserve(&self, count: usize, execution: &Arc<Execution>) -> Result<u16> {
-        let share = crate::module_parameters::pool_share.value().min(100);
+        let share = match self.vram.is_imported() {
+            // All of it is its client's.
+            true => 100,
+            false => crate::module_parameters::pool_share.value().min(100),
+        };
         let mut slots = self.pools.slots.lock();
         if self.pools.closed.load(Acquire) {
             return Err(ENODEV);

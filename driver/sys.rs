@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Safe abstractions over what else the kernel crate lacks: memory that the CPU reaches VRAM
-//! through, and that processes map, PCI BARs, device nodes, sleep, sorting, trace events, waiting, work, and lending something
+//! through, and that processes map, PCI BARs, dma-bufs, device nodes, sleep, sorting, trace events, waiting, work, and lending something
 //! that will be taken away.
 
+pub(crate) mod dma_buf;
 pub(crate) mod gate;
 pub(crate) mod mapping;
 pub(crate) mod node;

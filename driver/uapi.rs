@@ -22,7 +22,7 @@
 //! - A structure that cannot be read or written is `EFAULT`.
 
 /// Version of this interface. Grows when a call or a field is added; nothing is ever taken away.
-pub const HMM_GPU_VERSION: u32 = 5;
+pub const HMM_GPU_VERSION: u32 = 6;
 
 /// The page size this interface counts in, in bytes.
 pub const HMM_GPU_PAGE_BYTES: u64 = 4096;
@@ -59,6 +59,8 @@ pub const HMM_GPU_POOL: u32 = 0xC030_E80A;
 pub const HMM_GPU_EXECUTE: u32 = 0xC030_E80B;
 /// `PREFETCH`: queues a move, of which `read(2)` says when it has ended. Since version 5.
 pub const HMM_GPU_PREFETCH: u32 = 0xC030_E80C;
+/// `IMPORT`: makes a device of a dma-buf, for this process alone. Since version 6.
+pub const HMM_GPU_IMPORT: u32 = 0xC030_E80D;
 
 /// `MIGRATE` is there.
 pub const HMM_GPU_CAP_MIGRATE: u64 = 0x1;
@@ -82,11 +84,15 @@ pub const HMM_GPU_CAP_COHERENT: u64 = 0x40;
 
 /// `POOL` and `EXECUTE` are there, and `mmap`.
 pub const HMM_GPU_CAP_POOL: u64 = 0x100;
+/// `IMPORT` is there, and the module's parameter `import_mib` is not 0.
+pub const HMM_GPU_CAP_IMPORT: u64 = 0x2000;
 
 /// The VRAM is system memory that stands in for a GPU's.
 pub const HMM_GPU_SOURCE_SOFT: u32 = 1;
 /// The VRAM is a memory BAR of a PCI device.
 pub const HMM_GPU_SOURCE_PCI: u32 = 2;
+/// The VRAM is a dma-buf that a client has given: see [`hmm_gpu_import`].
+pub const HMM_GPU_SOURCE_DMA_BUF: u32 = 3;
 
 /// The device pages have free physical addresses that the kernel picked
 /// (`devm_request_free_mem_region`).
@@ -838,3 +844,43 @@ pub struct hmm_gpu_completion {
 
 const _: () = assert!(HMM_GPU_PREFETCH == iowr(12, size_of::<hmm_gpu_prefetch>()));
 const _: () = assert!(size_of::<hmm_gpu_completion>() == 80);
+
+/// Devices that clients have made of dma-bufs, on a host.
+pub const HMM_GPU_MAX_IMPORTS: u32 = 8;
+
+/// Makes a device of the first `bytes` bytes of a dma-buf: what another driver exports, which is VRAM for this one from then on, with device-private
+/// pages as that of any other. So memory that Vulkan has allocated and exported can be what a process's pages are in, and the GPU of another driver reaches
+/// them there.
+///
+/// The answer is a file (close-on-exec) on the new device: the only one, for it has no node. It is a client as any other, of this address space, and all of the
+/// VRAM is its private pool already, from offset 0 on; `mmap` of it is `EOPNOTSUPP`, since the dma-buf's own exporter maps it. What the dma-buf held before
+/// is lost: it is zeroed. Whoever else has the dma-buf reads and writes what is in it, as with a pool that is mapped, and the driver believes none of it.
+///
+/// The device goes when the file is closed, a moment later; when the device that this was called on is unbound; and before the host sleeps what is in it
+/// goes to system memory. The dma-buf is held, and mapped by its exporter (`dma_buf_vmap`), which keeps it where it is, until then; then it is zeroed. The driver
+/// reaches it as memory: an exporter that needs `begin_cpu_access` for each access is not served well.
+///
+/// Errors: `EINVAL` (zero bytes or not a multiple of 2 MiB, more than the dma-buf has, no dma-buf, flag or reserved field not zero), `EBADF` (no such file
+/// descriptor), `EACCES` (the dma-buf may not be written to), `EOPNOTSUPP` (its exporter has no `vmap`; the module parameter `import_mib` is 0; the
+/// device is such a device itself, or device-coherent), `ENOSPC` (more than `import_mib` MiB in all, more than [`HMM_GPU_MAX_IMPORTS`], or no number is free), `EMFILE`, `ENOMEM`,
+/// `EINTR`, `ENODEV`, `EPERM`; and those of the exporter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[cfg_attr(MODULE, derive(zerocopy_derive::FromBytes, zerocopy_derive::IntoBytes))]
+pub struct hmm_gpu_import {
+    /// In: must be zero.
+    pub flags: u32,
+    /// In: the file descriptor of the dma-buf. It may be closed afterwards.
+    pub dma_buf: i32,
+    /// In: how much of it, in bytes from its start: a multiple of 2 MiB, not zero.
+    pub bytes: u64,
+    /// Out: the file descriptor of the new device.
+    pub fd: u32,
+    /// Out: the number of the new device.
+    pub unit: u32,
+    /// In: must be zero.
+    pub reserved: [u64; 3],
+}
+
+const _: () = assert!(HMM_GPU_IMPORT == iowr(13, size_of::<hmm_gpu_import>()));

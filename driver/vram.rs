@@ -6,7 +6,7 @@
 
 use crate::{
     hmm::PAGE_BYTES,
-    sys::{mapping::Mapping, pci::Bar},
+    sys::{dma_buf::Exported, mapping::Mapping, pci::Bar},
 };
 use core::ops::Deref;
 use kernel::prelude::*;
@@ -17,6 +17,8 @@ pub(crate) enum Vram {
     Pci(Bar),
     /// System memory that stands in for it.
     Soft(Mapping),
+    /// What another driver exports, and a client has given to this one.
+    DmaBuf(Exported),
 }
 
 impl Deref for Vram {
@@ -26,6 +28,7 @@ impl Deref for Vram {
         match self {
             Vram::Pci(bar) => bar,
             Vram::Soft(mapping) => mapping,
+            Vram::DmaBuf(exported) => exported,
         }
     }
 }
@@ -35,8 +38,13 @@ impl Vram {
     pub(crate) fn is_gone(&self) -> bool {
         match self {
             Vram::Pci(bar) => !bar.is_present(),
-            Vram::Soft(_) => false,
+            Vram::Soft(_) | Vram::DmaBuf(_) => false,
         }
+    }
+
+    /// Whether it is a client's own, who may write to it as it likes.
+    pub(crate) fn is_imported(&self) -> bool {
+        matches!(self, Vram::DmaBuf(_))
     }
 
     /// Whether the device was there while the page at `offset` was read just now. Asks it only if

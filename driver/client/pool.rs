@@ -34,27 +34,29 @@ impl Client {
             UserStructure::read::<hmm_gpu_pool>(number, argument, SMALLEST_POOL)?;
         require(pool.flags == 0 && pool.reserved == [0; 3])?;
         require(pool.bytes != 0 && pool.bytes % BLOCK_BYTES == 0)?;
-        let mirror = self.mirror(mm)?;
-        let made = {
-            let _making = self.mirror_lock.try_lock().ok_or(EBUSY)?;
-            if self.private.as_ref().is_some() {
-                return Err(EEXIST);
-            }
-            let account = &self.share.account;
-            let made = Private::new(&self.gate, account, pool.bytes)?;
-            let made = Arc::new(made, GFP_KERNEL_ACCOUNT)?;
-            if let Err(error) = mirror.set_own(made.clone()) {
-                let map = self.gate.enter()?;
-                // What it has taken meanwhile is its own, wherever it is.
-                map.data().alloc.usage().leave_pool(account);
-                return Err(error);
-            }
-            self.private.populate(made.clone());
-            made
-        };
         // CAST: Widens.
-        pool.offset = made.offset() as u64;
+        pool.offset = self.own_pool(mm, pool.bytes)?.offset() as u64;
         user.write(pool)
+    }
+
+    /// Makes the client's pool.
+    pub(super) fn own_pool(&self, mm: &MmWithUser, bytes: u64) -> Result<Arc<Private>> {
+        let mirror = self.mirror(mm)?;
+        let _making = self.mirror_lock.try_lock().ok_or(EBUSY)?;
+        if self.private.as_ref().is_some() {
+            return Err(EEXIST);
+        }
+        let account = &self.share.account;
+        let made = Private::new(&self.gate, account, bytes)?;
+        let made = Arc::new(made, GFP_KERNEL_ACCOUNT)?;
+        if let Err(error) = mirror.set_own(made.clone()) {
+            let map = self.gate.enter()?;
+            // What it has taken meanwhile is its own, wherever it is.
+            map.data().alloc.usage().leave_pool(account);
+            return Err(error);
+        }
+        self.private.populate(made.clone());
+        Ok(made)
     }
 
     /// `EXECUTE`.
@@ -137,7 +139,7 @@ impl Client {
             return Err(ENXIO);
         }
         let map = self.gate.enter()?;
-        file.map(vma, map.data().vram.what())?;
+        file.map(vma, map.data().vram.what()?)?;
         pool.mapped(map.data(), || {
             Ok(Arc::new(Zap::new(file.file())?, GFP_KERNEL_ACCOUNT)?)
         })

@@ -7,7 +7,9 @@
 #ifndef HMM_GPU_BINDINGS_H
 #define HMM_GPU_BINDINGS_H
 
+#include <linux/anon_inodes.h>
 #include <linux/device.h>
+#include <linux/dma-buf.h>
 #include <linux/fs.h>
 #include <linux/hmm.h>
 #include <linux/io.h>
@@ -137,6 +139,7 @@ void hmm_gpu_trace_bounce(u32 unit, u64 addr, bool stays);
 void hmm_gpu_trace_bind(u32 unit, u64 start, u64 bytes, bool bound);
 
 /* files */
+enum hmm_gpu_fmode { HMM_GPU_FMODE_WRITE = (__force u32)FMODE_WRITE };
 bool hmm_gpu_is_nowait(const struct kiocb *kiocb);
 
 /* other */

@@ -87,6 +87,8 @@ enum Kind {
     },
     /// Of system memory, by `vzalloc`.
     System,
+    /// Of a dma-buf: its maker's to undo.
+    Exported,
 }
 
 /// Bytes that the CPU can reach as memory, and that more than one may access at a time.
@@ -153,16 +155,34 @@ impl Mapping {
         })
     }
 
+    /// What somebody else has mapped.
+    ///
+    /// # Safety
+    ///
+    /// The `len` bytes from `base` on are mapped for reading and writing until this is dropped.
+    pub(super) unsafe fn exported(base: NonNull<u8>, len: usize) -> Result<Self> {
+        if base.addr().get() % PAGE_BYTES != 0 || len % PAGE_BYTES != 0 {
+            return Err(EINVAL);
+        }
+        // INVARIANT: By the safety requirements, and the check.
+        Ok(Self {
+            base,
+            len,
+            kind: Kind::Exported,
+        })
+    }
+
     /// Bytes that there are.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// What a process maps that maps it.
-    pub(crate) fn what(&self) -> What {
+    /// What a process maps that maps it. `EOPNOTSUPP` for what somebody else lets processes map, or not.
+    pub(crate) fn what(&self) -> Result<What> {
         match self.kind {
-            Kind::Bar { .. } => What::Registers,
-            Kind::System => What::Pages,
+            Kind::Bar { .. } => Ok(What::Registers),
+            Kind::System => Ok(What::Pages),
+            Kind::Exported => Err(EOPNOTSUPP),
         }
     }
 
@@ -174,7 +194,7 @@ impl Mapping {
     /// [`Zap::all`]: crate::sys::user_map::Zap::all
     pub(crate) fn map(&self, offset: usize, place: Place<'_>) -> Result<Placed> {
         let address = self.at(offset, PAGE_BYTES)?;
-        if place.what() != self.what() || offset % PAGE_BYTES != 0 {
+        if place.what() != self.what()? || offset % PAGE_BYTES != 0 {
             return Err(EINVAL);
         }
         let pfn = match self.kind {
@@ -182,6 +202,7 @@ impl Mapping {
             Kind::Bar { start } => (start as usize + offset) / PAGE_BYTES,
             // SAFETY: Inside what `vzalloc` gave.
             Kind::System => unsafe { bindings::hmm_gpu_vmalloc_pfn(address.cast()) },
+            Kind::Exported => return Err(EOPNOTSUPP),
         };
         // SAFETY: A page of the BAR, or one of system memory that is this mapping's, and has its reference.
         Ok(unsafe { place.put(pfn) })
@@ -357,6 +378,7 @@ impl Drop for Mapping {
             Kind::Bar { .. } => unsafe { bindings::memunmap(base) },
             // SAFETY: Made by `vzalloc`, and not used any more.
             Kind::System => unsafe { bindings::vfree(base) },
+            Kind::Exported => {}
         }
     }
 }

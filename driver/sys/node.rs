@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Device nodes: a misc device that stands for something, and files of a type of their own on it.
+//! Device nodes: a misc device that stands for something, and files of a type of their own on it, or on none.
 
 use crate::sys::{
     bindings,
     user_map::{self, Pager, What},
 };
+use core::ptr::NonNull;
 use kernel::{
     container_of,
-    error::to_result,
-    fs::{File, Kiocb},
+    error::{from_err_ptr, to_result},
+    fs::{file::FileDescriptorReservation, File, Kiocb},
     iov::IovIterDest,
     miscdevice::{MiscDevice, MiscDeviceOptions, MiscDeviceRegistration},
     mm::virt::VmaNew,
     prelude::*,
-    sync::poll::PollTable,
+    sync::{aref::ARef, poll::PollTable},
     types::{ForeignOwnable, Opaque},
 };
 
@@ -120,6 +121,57 @@ impl<C: Client> PinnedDrop for Node<C> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: Registered, by the type invariants.
         unsafe { bindings::misc_deregister(self.misc.get()) };
+    }
+}
+
+/// A client that no node leads to, and nobody has a file of yet.
+pub(crate) struct Unnamed<C: Client> {
+    handler: Pin<KBox<Handler<C>>>,
+}
+
+impl<C: Client> Unnamed<C> {
+    /// Makes `client`.
+    pub(crate) fn new(client: impl PinInit<C, Error>) -> Result<Self> {
+        let handler = try_pin_init!(Handler { client <- client });
+        Ok(Self {
+            handler: KBox::try_pin_init(handler, GFP_KERNEL_ACCOUNT)?,
+        })
+    }
+
+    /// The client.
+    pub(crate) fn client(&self) -> Pin<&C> {
+        self.handler.as_ref().client()
+    }
+
+    /// Gives the calling process a file on it, which is shown as `name`. `tell` is given the file's descriptor before there is one: if
+    /// it fails, there will be none.
+    pub(crate) fn open(self, name: &CStr, tell: impl FnOnce(u32) -> Result) -> Result {
+        let reserved = FileDescriptorReservation::get_unused_fd_flags(bindings::O_CLOEXEC)?;
+        let private = self.handler.into_foreign();
+        // SAFETY: The name is copied. The operations are a constant's, and `private` is what they expect.
+        let file = from_err_ptr(unsafe {
+            bindings::anon_inode_getfile(
+                name.as_char_ptr(),
+                &Handler::<C>::OPERATIONS,
+                private,
+                // CAST: The bits are the same.
+                (bindings::O_RDWR | bindings::O_CLOEXEC) as c_int,
+            )
+        });
+        let file = match file {
+            // SAFETY: A new file, which nobody uses and whose reference passes to this.
+            Ok(file) => unsafe {
+                ARef::from_raw(NonNull::from(File::from_raw_file(file)))
+            },
+            Err(error) => {
+                // SAFETY: Just made by `into_foreign`, and the kernel has not taken it.
+                drop(unsafe { <Pin<KBox<Handler<C>>> as ForeignOwnable>::from_foreign(private) });
+                return Err(error);
+            }
+        };
+        tell(reserved.reserved_fd())?;
+        reserved.fd_install(file);
+        Ok(())
     }
 }
 

@@ -79,6 +79,8 @@ pub enum Source {
     Soft,
     /// A memory BAR of a PCI device.
     Pci,
+    /// A dma-buf that this process has given: [`Device::import_dma_buf`](crate::Device::import_dma_buf).
+    DmaBuf,
     /// One that a newer driver knows.
     Other(u32),
 }
@@ -88,6 +90,7 @@ impl Source {
         match value {
             uapi::HMM_GPU_SOURCE_SOFT => Source::Soft,
             uapi::HMM_GPU_SOURCE_PCI => Source::Pci,
+            uapi::HMM_GPU_SOURCE_DMA_BUF => Source::DmaBuf,
             other => Source::Other(other),
         }
     }
@@ -98,6 +101,7 @@ impl fmt::Display for Source {
         match self {
             Source::Soft => f.pad("system memory standing in"),
             Source::Pci => f.pad("PCI"),
+            Source::DmaBuf => f.pad("a dma-buf"),
             Source::Other(value) => write!(f, "source {value}"),
         }
     }
@@ -207,7 +211,10 @@ impl Capabilities {
     /// [`begin_execution`](crate::Device::begin_execution).
     pub const POOL: Self = Self(uapi::HMM_GPU_CAP_POOL);
 
-    const NAMES: [(Self, &'static str); 10] = [
+    /// It makes devices of dma-bufs: [`Device::import_dma_buf`](crate::Device::import_dma_buf).
+    pub const IMPORT: Self = Self(uapi::HMM_GPU_CAP_IMPORT);
+
+    const NAMES: [(Self, &'static str); 11] = [
         (Self::MIGRATE, "migrate"),
         (Self::RESIDENCY, "residency"),
         (Self::COUNTERS, "counters"),
@@ -216,6 +223,7 @@ impl Capabilities {
         (Self::ATOMIC, "atomic"),
         (Self::ADVICE, "advice"),
         (Self::POOL, "pool"),
+        (Self::IMPORT, "import"),
         (Self::PREFETCH, "prefetch"),
         (Self::COHERENT, "coherent"),
     ];

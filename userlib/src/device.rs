@@ -78,12 +78,7 @@ impl Device {
             Err(OpenError::System(errno)) => return Err(Error::Open { path, errno }),
             Err(OpenError::NotADevice) => return Err(Error::NotADevice { path }),
         };
-        let mut device = Self {
-            file,
-            path,
-            unit: 0,
-            completions: Completions::default(),
-        };
+        let mut device = Self::of_file(file, path, 0);
         let description = match device.describe() {
             // Something else that takes no ioctl, or not this one.
             Err(Error::Call {
@@ -97,7 +92,16 @@ impl Device {
         Ok(device)
     }
 
-    /// The path it was opened by.
+    pub(crate) fn of_file(file: File, path: PathBuf, unit: u32) -> Self {
+        Self {
+            file,
+            path,
+            unit,
+            completions: Completions::default(),
+        }
+    }
+
+    /// The path it was opened by, or, where there is no node, a name in brackets.
     pub fn path(&self) -> &Path {
         &self.path
     }

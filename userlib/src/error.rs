@@ -209,6 +209,11 @@ pub enum Attempt {
         /// Its size.
         bytes: usize,
     },
+    /// To make a device of a dma-buf.
+    Import {
+        /// How much of it.
+        bytes: usize,
+    },
     /// To begin an execution.
     BeginExecution {
         /// How long others wait for it.
@@ -298,6 +303,9 @@ impl fmt::Display for Attempt {
             }
             Attempt::CreatePool { bytes } => {
                 write!(f, "making a private pool of {}", exact(bytes))
+            }
+            Attempt::Import { bytes } => {
+                write!(f, "making a device of {} of a dma-buf", exact(bytes))
             }
             Attempt::BeginExecution { deadline } => {
                 write!(f, "beginning an execution (deadline {deadline:?})")
@@ -498,6 +506,28 @@ fn pool_reason(errno: Errno) -> Option<Reason> {
     })
 }
 
+fn import_reason(errno: Errno) -> Option<Reason> {
+    Some(match errno {
+        Errno::INVAL => (
+            "it is no dma-buf, or too short, or the size is none that VRAM can have",
+            "the size is a multiple of 2 MiB, not zero, and not more than the dma-buf has",
+        ),
+        Errno::ACCESS => (
+            "the dma-buf may not be written to",
+            "export it for reading and writing",
+        ),
+        Errno::OPNOTSUPP => (
+            "the driver takes none, or not of this exporter (which must have `vmap`), or not through this device",
+            "see the module parameter `import_mib`, and use a device with pools",
+        ),
+        Errno::NOSPC => (
+            "clients may not give so much together, or not so many",
+            "give less, or see the module parameter `import_mib`",
+        ),
+        _ => return None,
+    })
+}
+
 fn execution_reason(errno: Errno) -> Option<Reason> {
     Some(match errno {
         Errno::INVAL => (
@@ -514,6 +544,7 @@ fn execution_reason(errno: Errno) -> Option<Reason> {
 fn attempt_reason(attempt: &Attempt, errno: Errno) -> Option<Reason> {
     match (attempt, errno) {
         (Attempt::CreatePool { .. }, _) => pool_reason(errno),
+        (Attempt::Import { .. }, _) => import_reason(errno),
         (Attempt::BeginExecution { .. }, _) => execution_reason(errno),
         (
             Attempt::Access {

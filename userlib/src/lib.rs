@@ -74,6 +74,7 @@ mod describe;
 mod device;
 mod error;
 mod fault;
+mod import;
 mod look;
 mod map;
 mod mirror;

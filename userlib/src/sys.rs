@@ -26,11 +26,11 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
 
 use crate::{uapi, AtomicWord};
 
-/// An open file on `/dev/hmm_gpuN`.
+/// An open file on `/dev/hmm_gpuN`, or on a device that has no node.
 ///
 /// # Invariants
 ///
-/// The descriptor is of a character device that, as far as `/sys` can tell, belongs to the driver.
+/// The descriptor is of a character device that, as far as `/sys` can tell, belongs to the driver, or came from the driver.
 #[derive(Debug)]
 pub struct File {
     fd: OwnedFd,

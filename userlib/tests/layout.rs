@@ -7,8 +7,9 @@ use std::mem::offset_of;
 
 use hmm_gpu::uapi::{
     hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_completion, hmm_gpu_counters,
-    hmm_gpu_device_fault, hmm_gpu_execute, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror,
-    hmm_gpu_pool, hmm_gpu_prefetch, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
+    hmm_gpu_device_fault, hmm_gpu_execute, hmm_gpu_fault, hmm_gpu_import, hmm_gpu_migrate,
+    hmm_gpu_mirror, hmm_gpu_pool, hmm_gpu_prefetch, hmm_gpu_query, hmm_gpu_residency,
+    hmm_gpu_snapshot,
 };
 
 /// Asserts where each field begins. Fields follow each other without gaps, so this fixes their sizes too.
@@ -105,6 +106,7 @@ fn advise_is_as_version_4_fixed_it() {
 #[test]
 fn pool_and_execute_are_as_version_5_fixed_them() {
     layout!(hmm_gpu_pool: 48 bytes, flags at 0, bytes at 8, offset at 16, reserved at 24);
+    layout!(hmm_gpu_import: 48 bytes, flags at 0, dma_buf at 4, bytes at 8, fd at 16, unit at 20, reserved at 24);
     layout!(hmm_gpu_execute: 48 bytes,
         op at 0, flags at 4, deadline_ms at 8, state at 12, id at 16, reserved at 24);
 }

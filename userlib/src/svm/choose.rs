@@ -9,6 +9,9 @@ use crate::sys::svm::driver::{self, Driver};
 use crate::sys::vulkan::{facts, Facts, Gpu, Vendor};
 use crate::{Device, Error};
 
+/// How much memory Vulkan is asked for to be VRAM, if it is not said.
+const EXPORTED_BYTES: usize = 16 << 20;
+
 /// Builds a context: the first device with the first strategy that is available, of those that were asked for.
 pub(crate) fn build(mut builder: SvmBuilder) -> Result<SvmContext, Error> {
     let all = facts()?;
@@ -54,16 +57,24 @@ pub(crate) fn build(mut builder: SvmBuilder) -> Result<SvmContext, Error> {
     } else {
         driver::usable(device.as_ref())
     };
+    let exported = builder.exported && backend.is_none();
     let mut first_reason = None;
     for strategy in strategies {
         for &(number, facts) in &candidates {
-            if let Err(why) = available(facts, strategy, builder.shares_page_tables, &pools) {
+            let says = (builder.shares_page_tables, exported);
+            if let Err(why) = available(facts, strategy, says, &pools) {
                 first_reason.get_or_insert((strategy, facts.name.clone(), why));
                 continue;
             }
             let gpu = Gpu::open(number, builder.validation)?;
             let (mut translated, mut driver) = (None, None);
-            if strategy == Strategy::Translated {
+            if strategy == Strategy::Translated && exported {
+                let through = device.take().map_or_else(Device::open_first, Ok)?;
+                let bytes = builder.pool_bytes.unwrap_or(EXPORTED_BYTES);
+                let deadline = builder.deadline();
+                let made = Translated::exported(&gpu, &through, bytes, deadline)?;
+                (translated, driver) = (Some(made.0), Some(made.1));
+            } else if strategy == Strategy::Translated {
                 let backend = match backend.take() {
                     Some(backend) => backend,
                     None => {

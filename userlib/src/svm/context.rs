@@ -7,7 +7,7 @@ use super::buf::Registry;
 use super::spirv::Module;
 use super::{choose, DispatchStats, Grid, Kernel, Shipped, Strategy, SvmBuf, SvmError};
 use crate::sys::svm::{Backend, MappedRange};
-use crate::sys::vulkan::{Buffer, Facts, Gpu, Imported, Place};
+use crate::sys::vulkan::{Buffer, External, Facts, Gpu, Place};
 use crate::{Device, Error, Pod};
 
 /// Faults that a round reports at most.
@@ -69,8 +69,8 @@ pub(crate) struct Work {
 
 /// The page table that kernels walk, and the memory that it is in.
 pub(crate) struct Translated {
-    // First, since the memory is the backend's.
-    pub(crate) imported: Imported,
+    // First, since the memory is the backend's, where it is not Vulkan's own.
+    pub(crate) memory: External,
     pub(crate) backend: Box<dyn Backend>,
 }
 
@@ -266,6 +266,7 @@ pub struct SvmBuilder {
     pub(crate) driver: Option<Device>,
     pub(crate) backend: Option<Box<dyn Backend>>,
     pub(crate) pool_bytes: Option<usize>,
+    pub(crate) exported: bool,
     pub(crate) deadline_ms: Option<u32>,
     pub(crate) progress: Option<Box<Progress>>,
 }
@@ -316,6 +317,13 @@ impl SvmBuilder {
             pool_bytes: Some(bytes),
             ..self
         }
+    }
+
+    /// Has the VRAM for the strategy [`Translated`](Strategy::Translated) be memory of the Vulkan device itself, which Vulkan exports as a dma-buf
+    /// and the driver takes for VRAM ([`Device::import_dma_buf`]), through the device given or the first that can be opened. So the pages are in
+    /// the memory of a GPU whose own driver stays loaded. Its size is that of [`pool_bytes`](Self::pool_bytes), 16 MiB if that is not said.
+    pub fn exported(self, exported: bool) -> Self {
+        Self { exported, ..self }
     }
 
     /// Who keeps the device page table, in the driver's place.

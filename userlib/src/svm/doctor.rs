@@ -15,6 +15,8 @@ pub struct Diagnosis {
     pub driver: String,
     /// Each strategy: available, or why not.
     pub strategies: Vec<(Strategy, Result<(), String>)>,
+    /// Whether [`SvmBuilder::exported`](super::SvmBuilder::exported) is available, or why not.
+    pub exported: Result<(), String>,
 }
 
 /// What there is on this system: [`doctor`]. Shown as a text of some lines.
@@ -31,14 +33,16 @@ pub struct Doctor {
 pub fn doctor() -> Doctor {
     let drivers: Vec<(String, Result<(), String>)> = Device::list().into_iter().map(look).collect();
     let pools = pools(&drivers);
+    let imports = imports();
     let devices = facts().map_err(|error| error.to_string()).map(|all| {
         let diagnose = |facts: &Facts| Diagnosis {
             device: facts.name.clone(),
             driver: facts.driver.clone(),
             strategies: Strategy::ALL
                 .into_iter()
-                .map(|strategy| (strategy, available(facts, strategy, false, &pools)))
+                .map(|strategy| (strategy, available(facts, strategy, (false, false), &pools)))
                 .collect(),
+            exported: facts.exports.clone().and_then(|()| imports.clone()),
         };
         all.iter().map(diagnose).collect()
     });
@@ -72,12 +76,23 @@ fn pools(drivers: &[(String, Result<(), String>)]) -> Result<(), String> {
         }))
 }
 
-/// Whether a strategy is available on a device, or why not. `shares`: what [`SvmBuilder::shares_page_tables`](super::SvmBuilder::shares_page_tables)
+/// Whether any device of the driver takes dma-bufs.
+fn imports() -> Result<(), String> {
+    let takes = |unit| {
+        let described = Device::open(unit).and_then(|device| device.describe());
+        described.is_ok_and(|it| it.capabilities.contains(Capabilities::IMPORT))
+    };
+    Device::list().into_iter().any(takes).then_some(()).ok_or_else(|| {
+        String::from("no device of the driver hmm_gpu takes dma-bufs (the module parameter `import_mib` says how much, and is 0 if nothing is said)")
+    })
+}
+
+/// Whether a strategy is available on a device, or why not. `shares` and `exported`: what [`SvmBuilder::shares_page_tables`](super::SvmBuilder::shares_page_tables)
 /// says; `pools`: whether there is a backend for translation, or why not.
 pub(crate) fn available(
     facts: &Facts,
     strategy: Strategy,
-    shares: bool,
+    (shares, exported): (bool, bool),
     pools: &Result<(), String>,
 ) -> Result<(), String> {
     let lacks = facts.lacks();
@@ -102,6 +117,7 @@ pub(crate) fn available(
         Strategy::Native => Err(String::from(
             "it is not known to share the processes' page tables (lavapipe does; say so, with `shares_page_tables`, of ATS and CXL hardware)",
         )),
+        Strategy::Translated if exported => facts.exports.clone().and_then(|()| pools.clone()),
         Strategy::Translated => import().and_then(|()| pools.clone()),
     }
 }
@@ -123,6 +139,7 @@ impl fmt::Display for Doctor {
                     for (strategy, usable) in &device.strategies {
                         writeln!(f, "  {strategy:<10} {}", verdict(usable))?;
                     }
+                    writeln!(f, "  exported   {}", verdict(&device.exported))?;
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! Private pools: the driver's calls, and the mapping of one.
 
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,6 +20,21 @@ impl File {
                 (argument as *mut uapi::hmm_gpu_pool).cast(),
             )
         }
+    }
+
+    /// `IMPORT`: the file of the device that it makes.
+    pub fn import(&self, argument: &mut uapi::hmm_gpu_import) -> Result<Self, Errno> {
+        // SAFETY: as in `query`. What becomes VRAM is what whoever has the dma-buf shares with its exporter, and no Rust object.
+        unsafe {
+            self.call(
+                uapi::HMM_GPU_IMPORT,
+                (argument as *mut uapi::hmm_gpu_import).cast(),
+            )
+        }?;
+        let fd = RawFd::try_from(argument.fd).map_err(|_| Errno::BADF)?;
+        // SAFETY: the driver has just opened it, for this call.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { fd })
     }
 
     /// `EXECUTE`.

@@ -17,7 +17,7 @@ pub(crate) use twins::Twins;
 /// Memory that a device page table and its pages are in, as this process has it mapped.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolMemory {
-    /// Its first byte: at a page.
+    /// Its first byte: at a page. Dangling, if it is memory of the Vulkan device's own, which needs no import.
     pub start: NonNull<u8>,
     /// Its length: whole pages.
     pub bytes: usize,

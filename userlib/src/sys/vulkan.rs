@@ -10,7 +10,7 @@ mod gpu;
 mod messages;
 mod run;
 
-pub(crate) use buffer::{Buffer, Imported, Place};
+pub(crate) use buffer::{Buffer, External, Place};
 pub(crate) use facts::{facts, Facts, Vendor};
 pub(crate) use gpu::Gpu;
 pub(crate) use run::{Copy, Pipeline, Push};

@@ -10,6 +10,7 @@ mod around;
 mod atomic;
 mod content;
 mod debug_injection;
+mod dma_buf;
 mod dmirror;
 mod execution;
 mod failures;

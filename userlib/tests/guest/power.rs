@@ -12,7 +12,7 @@ use hmm_gpu::{Device, Errno, Place, Policy};
 
 /// Puts the machine to sleep, as far as its processes: what the kernel itself offers as a test. Its file servers would not let it go
 /// further.
-fn sleep(state: &str) {
+pub fn sleep(state: &str) {
     driver::write("/sys/module/suspend/parameters/pm_test_delay", "0").unwrap();
     driver::write("/sys/power/pm_test", "freezer").unwrap();
     driver::write("/sys/power/state", state).unwrap();

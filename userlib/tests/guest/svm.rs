@@ -25,7 +25,7 @@ const MIB: usize = 1 << 20;
 
 /// Before Vulkan is there. The root is read-only: what lavapipe compiles is kept elsewhere, for the other tests. And it is not optimized:
 /// on an emulated processor that takes longer than all that runs here.
-fn cache() {
+pub fn cache() {
     std::env::set_var("MESA_SHADER_CACHE_DIR", "/tmp/mesa");
     std::env::set_var("GALLIVM_PERF", "nopt");
 }
@@ -41,13 +41,13 @@ fn translated(device: Device, mib: usize) -> SvmContext {
 }
 
 /// Two arrays with pages of their own.
-struct Arrays {
-    x: Area,
-    y: Area,
+pub struct Arrays {
+    pub x: Area,
+    pub y: Area,
 }
 
 impl Arrays {
-    fn new(pages: usize) -> Self {
+    pub fn new(pages: usize) -> Self {
         let arrays = Self {
             x: Area::new(pages),
             y: Area::new(pages),
@@ -71,7 +71,7 @@ impl Arrays {
         unsafe { std::slice::from_raw_parts_mut(area.addr as *mut f32, area.bytes() / 4) }
     }
 
-    fn saxpy(&self, context: &SvmContext) -> hmm_gpu::DispatchStats {
+    pub fn saxpy(&self, context: &SvmContext) -> hmm_gpu::DispatchStats {
         context
             .saxpy(3.0, self.slice(&self.x), self.slice(&self.y))
             .unwrap()
@@ -79,7 +79,7 @@ impl Arrays {
 
     /// Asserts every element, after so many of them.
     #[track_caller]
-    fn check(&self, times: usize) {
+    pub fn check(&self, times: usize) {
         for (i, y) in self.slice(&self.y).iter().enumerate() {
             assert_eq!(*y, (3 * times * (i % 1000) + i % 777) as f32, "element {i}");
         }

@@ -26,11 +26,14 @@ fn told(doctor: &Doctor) -> Vec<Finding> {
         Ok(devices) if devices.is_empty() => return none("the loader knows of no device"),
         Ok(devices) => devices,
     };
-    let each = devices
-        .iter()
-        .flat_map(|device| device.strategies.iter().map(move |it| (device, it)));
-    each.map(|(device, (strategy, usable))| {
-        let what = format!("Vulkan, {}, {strategy}", device.device);
+    let each = devices.iter().flat_map(|device| {
+        let strategies = device.strategies.iter();
+        let each = strategies.map(|(strategy, usable)| (strategy.to_string(), usable));
+        let exported = (String::from("its memory as VRAM"), &device.exported);
+        each.chain([exported]).map(move |it| (device, it))
+    });
+    each.map(|(device, (way, usable))| {
+        let what = format!("Vulkan, {}, {way}", device.device);
         match usable {
             Ok(()) => Finding::good(what, "available"),
             Err(why) => Finding::new(
@@ -57,7 +60,8 @@ mod tests {
         let device = Diagnosis {
             device: "one".into(),
             driver: "two".into(),
-            strategies: vec![(Strategy::Copy, Ok(())), (Strategy::Native, lacks)],
+            strategies: vec![(Strategy::Copy, Ok(())), (Strategy::Native, lacks.clone())],
+            exported: lacks,
         };
         let found = told(&Doctor {
             devices: Ok(vec![device]),

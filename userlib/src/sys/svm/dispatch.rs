@@ -208,9 +208,9 @@ impl Running<'_> {
         if let Some(placed) = self.placed {
             (control.root, control.levels) = (placed.table.addr(), placed.ranges);
         }
-        if let Some(Translated { imported, backend }) = &mut work.translated {
+        if let Some(Translated { memory, backend }) = &mut work.translated {
             let table = backend.table()?;
-            control.base = imported.addr().wrapping_sub(backend.memory().offset);
+            control.base = memory.addr().wrapping_sub(backend.memory().offset);
             control.root = control.base.wrapping_add(table.offset);
             control.levels = table.levels;
         }

@@ -19,10 +19,27 @@ const BLOCK_BYTES: u64 = 2 << 20;
 /// How often a page may turn out to be in system memory, or to have changed meanwhile, before it is taken for one that stays.
 const TRIES: u32 = 12;
 
+/// The VRAM that a context has.
+enum Vram {
+    /// A pool, mapped.
+    Pool(Pool),
+    /// All of the VRAM of a device that was made for it: so many bytes.
+    Given(usize),
+}
+
+impl Vram {
+    fn bytes(&self) -> usize {
+        match self {
+            Vram::Pool(pool) => pool.bytes(),
+            Vram::Given(bytes) => *bytes,
+        }
+    }
+}
+
 /// The driver, for one context.
 pub(crate) struct Driver {
     // First: it is the device's.
-    pool: Pool,
+    vram: Vram,
     device: Arc<Device>,
     deadline_ms: u32,
     running: Option<u64>,
@@ -56,13 +73,23 @@ impl Driver {
         let free = device.describe()?.vram_free_bytes / 2;
         let half = usize::try_from((free & !(BLOCK_BYTES - 1)).max(BLOCK_BYTES));
         let bytes = bytes.unwrap_or(half.unwrap_or(usize::MAX));
-        Ok(Self {
-            pool: device.create_pool(bytes)?,
+        let pool = Vram::Pool(device.create_pool(bytes)?);
+        Ok(Self::with(device, pool, deadline_ms))
+    }
+
+    /// For a device that was made of memory of Vulkan's own, of so many bytes.
+    pub(crate) fn given(device: &Arc<Device>, bytes: usize, deadline_ms: u32) -> Self {
+        Self::with(device, Vram::Given(bytes), deadline_ms)
+    }
+
+    fn with(device: &Arc<Device>, vram: Vram, deadline_ms: u32) -> Self {
+        Self {
+            vram,
             device: Arc::clone(device),
             deadline_ms,
             running: None,
             tries: HashMap::new(),
-        })
+        }
     }
 
     fn execute(&self, mut argument: hmm_gpu_execute) -> Result<hmm_gpu_execute, Error> {
@@ -150,20 +177,24 @@ impl Driver {
     }
 }
 
-// SAFETY: the pool is mapped until it is dropped, with this. The driver holds what an execution can reach until its end, and has
+// SAFETY: the pool is mapped until it is dropped, with this; what was given is Vulkan's own memory. The driver holds what an execution can reach until its end, and has
 // nothing in the table without `SYSTEM` that is elsewhere than in the pool.
 unsafe impl Backend for Driver {
     fn memory(&self) -> PoolMemory {
+        let (start, offset) = match &self.vram {
+            Vram::Pool(pool) => (NonNull::new(pool.as_ptr()), pool.offset()),
+            Vram::Given(_) => (None, 0),
+        };
         PoolMemory {
-            start: NonNull::new(self.pool.as_ptr()).unwrap_or(NonNull::dangling()),
-            bytes: self.pool.bytes(),
-            offset: self.pool.offset(),
+            start: start.unwrap_or(NonNull::dangling()),
+            bytes: self.vram.bytes(),
+            offset,
         }
     }
 
     fn room(&self) -> usize {
         // The other half for what the rest of a round has already, and for nodes.
-        (self.pool.bytes() / PAGE_BYTES / 2).max(1)
+        (self.vram.bytes() / PAGE_BYTES / 2).max(1)
     }
 
     fn table(&mut self) -> Result<TableRoot, Error> {

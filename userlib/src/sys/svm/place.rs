@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::svm::ranges::{join, lay_out, table, Named};
 use crate::sys::reach::Reach;
-use crate::sys::vulkan::{Buffer, Copy, Gpu, Imported, Place};
+use crate::sys::vulkan::{Buffer, Copy, External, Gpu, Place};
 use crate::{Error, Strategy, SvmError};
 
 /// Memory that Vulkan has mapped for this process: where it begins and ends here, and where it begins for the device.
@@ -24,7 +24,7 @@ pub(crate) struct Placed {
     pub(crate) bytes_in: u64,
     copied: Option<Copied>,
     // Held only.
-    _imported: Vec<Imported>,
+    _imported: Vec<External>,
 }
 
 /// Ranges whose bytes are in buffers.
@@ -189,7 +189,7 @@ fn find(ranges: &[Named], offsets: &[usize], addr: usize) -> Option<usize> {
     (addr < ranges[at].end).then(|| offsets[at] + (addr - ranges[at].begin))
 }
 
-fn import(gpu: &Arc<Gpu>, pages: Named) -> Result<Imported, Error> {
+fn import(gpu: &Arc<Gpu>, pages: Named) -> Result<External, Error> {
     let nothing = || SvmError::Vulkan {
         attempt: "to import memory of this process",
         answer: String::from("there is none at 0"),
@@ -197,5 +197,5 @@ fn import(gpu: &Arc<Gpu>, pages: Named) -> Result<Imported, Error> {
     let start =
         NonNull::new(std::ptr::with_exposed_provenance_mut(pages.begin)).ok_or_else(nothing)?;
     // SAFETY: the pages hold what is borrowed for the dispatch, and the import ends with it.
-    unsafe { Imported::new(gpu, start, pages.end - pages.begin) }
+    unsafe { External::import(gpu, start, pages.end - pages.begin) }
 }

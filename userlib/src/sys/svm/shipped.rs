@@ -3,9 +3,10 @@
 use crate::svm::context::Translated;
 use crate::svm::spirv::{self, Module};
 use crate::svm::{Args, DispatchStats, Graph, Kernel, Link, Shipped, SvmContext};
+use crate::sys::svm::driver::Driver;
 use crate::sys::svm::Backend;
-use crate::sys::vulkan::{Gpu, Imported, Pipeline};
-use crate::{Error, SharedBuf};
+use crate::sys::vulkan::{External, Gpu, Pipeline};
+use crate::{Device, Error, SharedBuf};
 
 use std::sync::Arc;
 
@@ -175,7 +176,20 @@ impl Translated {
     pub(crate) fn new(gpu: &Arc<Gpu>, backend: Box<dyn Backend>) -> Result<Self, Error> {
         let memory = backend.memory();
         // SAFETY: the memory stays as long as the backend (its promise), which is dropped after what is imported.
-        let imported = unsafe { Imported::new(gpu, memory.start, memory.bytes) }?;
-        Ok(Self { imported, backend })
+        let memory = unsafe { External::import(gpu, memory.start, memory.bytes) }?;
+        Ok(Self { memory, backend })
+    }
+
+    /// Has memory of the Vulkan device be VRAM of the driver, which is asked for that through one of its devices. Returns the new device, too.
+    pub(crate) fn exported(
+        gpu: &Arc<Gpu>,
+        through: &Device,
+        bytes: usize,
+        deadline_ms: u32,
+    ) -> Result<(Self, Arc<Device>), Error> {
+        let (memory, dma_buf) = External::export(gpu, bytes)?;
+        let device = Arc::new(through.import_dma_buf(dma_buf, bytes)?);
+        let backend = Box::new(Driver::given(&device, bytes, deadline_ms));
+        Ok((Self { memory, backend }, device))
     }
 }

@@ -1,5 +1,6 @@
 //! Memory that a device can address.
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use super::{refused, Gpu};
 use crate::{Error, SvmError};
 
 /// What a buffer is used for: all the same, since most are used for all of it.
-const USAGE: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
+pub(super) const USAGE: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
     vk::BufferUsageFlags::STORAGE_BUFFER.as_raw()
         | vk::BufferUsageFlags::SHADER_DEVICE_ADDRESS.as_raw()
         | vk::BufferUsageFlags::TRANSFER_SRC.as_raw()
@@ -49,7 +50,7 @@ impl Buffer {
         bytes: usize,
         place: Place,
     ) -> Result<Self, Error> {
-        let raw = create(gpu, bytes as u64, false)?;
+        let raw = create(gpu, bytes as u64, None)?;
         // SAFETY: the buffer was just made.
         let requirements = unsafe { gpu.raw.get_buffer_memory_requirements(raw) };
         let mut buffer = Self {
@@ -147,23 +148,26 @@ impl Drop for Buffer {
     }
 }
 
-/// Pages of this process as a buffer. A real device pins them for as long as this lives, and they cannot move.
+/// Memory that others have too, as a buffer: pages of this process, which a real device pins for as long as this lives, so that they cannot move; or
+/// memory of the device's own that was exported.
 ///
 /// # Invariants
 ///
-/// `raw` is bound to `memory`, which was imported. The pages stay mapped: the maker's promise.
-pub(crate) struct Imported {
+/// `raw` is bound to `memory`. Pages of this process stay mapped: the maker's promise.
+pub(crate) struct External {
     gpu: Arc<Gpu>,
     raw: vk::Buffer,
     memory: vk::DeviceMemory,
     addr: u64,
 }
 
-impl Imported {
+impl External {
+    /// Imports pages of this process.
+    ///
     /// # Safety
     ///
     /// The `bytes` bytes at `start` stay mapped until this is dropped.
-    pub(crate) unsafe fn new(
+    pub(crate) unsafe fn import(
         gpu: &Arc<Gpu>,
         start: NonNull<u8>,
         bytes: usize,
@@ -186,7 +190,7 @@ impl Imported {
         }
         .result()
         .map_err(refused("to import memory of this process"))?;
-        let raw = create(gpu, bytes as u64, true)?;
+        let raw = create(gpu, bytes as u64, Some(kind))?;
         let mut imported = Self {
             gpu: Arc::clone(gpu),
             raw,
@@ -227,13 +231,69 @@ impl Imported {
         Ok(imported)
     }
 
+    /// Takes memory of the device, best such as the host reaches too, and exports it as a dma-buf.
+    pub(crate) fn export(gpu: &Arc<Gpu>, bytes: usize) -> Result<(Self, OwnedFd), Error> {
+        let lacks = |why: &String| SvmError::Lacks {
+            device: gpu.facts.name.clone(),
+            what: format!("memory that is exported as a dma-buf: {why}"),
+        };
+        gpu.facts.exports.as_ref().map_err(lacks)?;
+        let kind = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
+        let raw = create(gpu, bytes as u64, Some(kind))?;
+        let mut exported = Self {
+            gpu: Arc::clone(gpu),
+            raw,
+            memory: vk::DeviceMemory::null(),
+            addr: 0,
+        };
+        // SAFETY: the buffer was just made.
+        let needs = unsafe { gpu.raw.get_buffer_memory_requirements(raw) };
+        let own = vk::MemoryPropertyFlags::DEVICE_LOCAL;
+        let both = own | vk::MemoryPropertyFlags::HOST_VISIBLE;
+        let chosen = [both, own, vk::MemoryPropertyFlags::empty()]
+            .map(|wanted| gpu.memory_types(wanted) & needs.memory_type_bits)
+            .into_iter()
+            .find(|types| *types != 0)
+            .unwrap_or(needs.memory_type_bits);
+        let mut export = vk::ExportMemoryAllocateInfo::default().handle_types(kind);
+        let mut dedicated = vk::MemoryDedicatedAllocateInfo::default().buffer(raw);
+        let mut flags =
+            vk::MemoryAllocateFlagsInfo::default().flags(vk::MemoryAllocateFlags::DEVICE_ADDRESS);
+        let info = vk::MemoryAllocateInfo::default()
+            .allocation_size(needs.size.max(bytes as u64))
+            .memory_type_index(chosen.trailing_zeros())
+            .push_next(&mut flags)
+            .push_next(&mut dedicated)
+            .push_next(&mut export);
+        // SAFETY: all that it points to lives, and the device exports such memory (`Facts`).
+        exported.memory = unsafe { gpu.raw.allocate_memory(&info, None) }
+            .map_err(refused("memory that is exported"))?;
+        // SAFETY: the memory is unbound, and large enough.
+        unsafe { gpu.raw.bind_buffer_memory(raw, exported.memory, 0) }
+            .map_err(refused("to bind memory"))?;
+        exported.addr = address(gpu, raw);
+        let files = gpu
+            .files
+            .as_ref()
+            .ok_or_else(|| lacks(&String::from("it cannot")))?;
+        let info = vk::MemoryGetFdInfoKHR::default()
+            .memory(exported.memory)
+            .handle_type(kind);
+        // SAFETY: the memory was made to be exported so.
+        let fd = unsafe { files.get_memory_fd(&info) }
+            .map_err(refused("to export memory as a dma-buf"))?;
+        // SAFETY: just opened, for this.
+        let dma_buf = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok((exported, dma_buf))
+    }
+
     /// Its first byte, for a shader.
     pub(crate) fn addr(&self) -> u64 {
         self.addr
     }
 }
 
-impl Drop for Imported {
+impl Drop for External {
     fn drop(&mut self) {
         // SAFETY: as for a buffer.
         unsafe { self.gpu.raw.destroy_buffer(self.raw, None) };
@@ -242,14 +302,18 @@ impl Drop for Imported {
     }
 }
 
-fn create(gpu: &Gpu, bytes: u64, imported: bool) -> Result<vk::Buffer, Error> {
-    let mut external = vk::ExternalMemoryBufferCreateInfo::default()
-        .handle_types(vk::ExternalMemoryHandleTypeFlags::HOST_ALLOCATION_EXT);
+fn create(
+    gpu: &Gpu,
+    bytes: u64,
+    kind: Option<vk::ExternalMemoryHandleTypeFlags>,
+) -> Result<vk::Buffer, Error> {
+    let mut external =
+        vk::ExternalMemoryBufferCreateInfo::default().handle_types(kind.unwrap_or_default());
     let mut info = vk::BufferCreateInfo::default()
         .size(bytes.max(16))
         .usage(USAGE)
         .sharing_mode(vk::SharingMode::EXCLUSIVE);
-    if imported {
+    if kind.is_some() {
         info = info.push_next(&mut external);
     }
     // SAFETY: all that it points to lives.

@@ -2,8 +2,9 @@
 
 use std::ffi::CStr;
 
-use ash::{ext, vk};
+use ash::{ext, khr, vk};
 
+use super::buffer::USAGE;
 use super::gpu::{instance, Instance};
 use super::refused;
 use crate::Error;
@@ -33,6 +34,8 @@ pub(crate) struct Facts {
     pub(crate) float64: bool,
     /// `VK_EXT_external_memory_host`, and what an import must be a multiple of, in bytes.
     pub(crate) import: Option<u64>,
+    /// Whether it can export memory of its own as a dma-buf, with buffers in it, or why not.
+    pub(crate) exports: Result<(), String>,
     pub(crate) max_groups: u32,
     /// Whether some memory is both the device's own and the host's to write.
     pub(crate) mapped: bool,
@@ -147,8 +150,38 @@ impl Instance {
             atomic64: in12.shader_buffer_int64_atomics == vk::TRUE,
             float64: core.shader_float64 == vk::TRUE,
             import: import.then_some(host.min_imported_host_pointer_alignment),
+            exports: self.exports(physical, has),
             max_groups: plain.limits.max_compute_work_group_count[0],
             mapped,
         })
+    }
+
+    fn exports(
+        &self,
+        physical: vk::PhysicalDevice,
+        has: impl Fn(&CStr) -> bool,
+    ) -> Result<(), String> {
+        for name in [
+            khr::external_memory_fd::NAME,
+            ext::external_memory_dma_buf::NAME,
+        ] {
+            if !has(name) {
+                return Err(format!("it has no {}", name.to_string_lossy()));
+            }
+        }
+        let info = vk::PhysicalDeviceExternalBufferInfo::default()
+            .usage(USAGE)
+            .handle_type(vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT);
+        let mut answer = vk::ExternalBufferProperties::default();
+        // SAFETY: the physical device is the instance's own.
+        unsafe {
+            self.raw
+                .get_physical_device_external_buffer_properties(physical, &info, &mut answer)
+        };
+        let can = answer.external_memory_properties.external_memory_features;
+        if can.contains(vk::ExternalMemoryFeatureFlags::EXPORTABLE) {
+            return Ok(());
+        }
+        Err(String::from("it exports no memory with buffers in it as a dma-buf (lavapipe does where it may open /dev/udmabuf)"))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use ash::{ext, vk};
+use ash::{ext, khr, vk};
 use gpu_allocator::vulkan::{Allocator, AllocatorCreateDesc};
 
 use super::messages::{Messages, LAYER};
@@ -84,6 +84,7 @@ impl Instance {
 pub(crate) struct Gpu {
     pub(super) raw: ash::Device,
     pub(super) host: Option<ext::external_memory_host::Device>,
+    pub(super) files: Option<khr::external_memory_fd::Device>,
     /// The queue, and what commands are recorded into: one submission at a time.
     pub(super) queue: Mutex<Queue>,
     /// `None` only while it is dropped.
@@ -149,6 +150,10 @@ impl Gpu {
         if facts.import.is_some() {
             extensions.push(ext::external_memory_host::NAME.as_ptr());
         }
+        if facts.exports.is_ok() {
+            extensions.push(khr::external_memory_fd::NAME.as_ptr());
+            extensions.push(ext::external_memory_dma_buf::NAME.as_ptr());
+        }
         let info = vk::DeviceCreateInfo::default()
             .queue_create_infos(&queues)
             .enabled_features(&core)
@@ -160,6 +165,8 @@ impl Gpu {
         let host = facts
             .import
             .map(|_| ext::external_memory_host::Device::new(&instance.raw, &raw));
+        let exports = facts.exports.is_ok();
+        let files = exports.then(|| khr::external_memory_fd::Device::new(&instance.raw, &raw));
         let queue = match Queue::new(&raw, family) {
             Ok(queue) => queue,
             Err(error) => {
@@ -171,6 +178,7 @@ impl Gpu {
         let gpu = Self {
             raw,
             host,
+            files,
             queue: Mutex::new(queue),
             allocator: Mutex::new(None),
             facts,

@@ -1,24 +1,40 @@
-//! A thread that plays the shader: it walks the device page table in a mapped pool, and reads and writes what it finds there.
+//! A thread that plays the shader: it walks the device page table in a pool that it has mapped, and reads and writes what it finds there.
 
 use hmm_gpu::{Device, MirrorInfo, Pool, TableEntry};
 
 use super::memory::{Span, PAGE};
 use super::mirror::{fault_all, MIGRATE, WRITE};
 
+/// VRAM as a shader reaches it, by offsets in it.
+pub trait Words {
+    fn load(&self, offset: u64) -> Option<u64>;
+    fn store(&self, offset: u64, word: u64) -> Option<()>;
+}
+
+impl Words for Pool {
+    fn load(&self, offset: u64) -> Option<u64> {
+        Pool::load(self, offset)
+    }
+
+    fn store(&self, offset: u64, word: u64) -> Option<()> {
+        Pool::store(self, offset, word)
+    }
+}
+
 /// A device with a pool, and all that a shader is told.
-pub struct Shader<'a> {
-    pub pool: &'a Pool,
+pub struct Shader<'a, W = Pool> {
+    pub pool: &'a W,
     root: u64,
     levels: u32,
 }
 
-impl<'a> Shader<'a> {
-    pub fn new(device: &Device, pool: &'a Pool) -> Self {
+impl<'a, W: Words> Shader<'a, W> {
+    pub fn new(device: &Device, pool: &'a W) -> Self {
         Self::of(&device.mirror().unwrap(), pool)
     }
 
     /// The same, of a device that has said what it has to say.
-    pub fn of(table: &MirrorInfo, pool: &'a Pool) -> Self {
+    pub fn of(table: &MirrorInfo, pool: &'a W) -> Self {
         Self {
             pool,
             root: table.root_offset,
@@ -44,7 +60,8 @@ impl<'a> Shader<'a> {
     /// Where in the VRAM the page at `addr` is, if it is in the pool.
     pub fn page(&self, addr: usize) -> Option<u64> {
         let offset = self.walk(addr)?.vram_offset()?;
-        let inside = self.pool.place(offset, PAGE).is_some();
+        let ends = [offset, offset + (PAGE - 8) as u64];
+        let inside = ends.into_iter().all(|end| self.pool.load(end).is_some());
         assert!(inside, "the page at {addr:#x} is said to be at {offset:#x}");
         Some(offset)
     }
