@@ -25,7 +25,7 @@ use kernel::{
     faux, impl_has_work, new_mutex, new_work,
     prelude::*,
     sync::{
-        atomic::{Atomic, Full, Relaxed},
+        atomic::{Acquire, Atomic, Full, Relaxed},
         Arc, Mutex,
     },
     workqueue::{system_long, Work, WorkItem},
@@ -72,10 +72,36 @@ impl Drop for Quota {
     }
 }
 
+/// The dma-bufs that are devices, by what tells them apart; 0 is none.
+static MARKS: [Atomic<u64>; HMM_GPU_MAX_IMPORTS as usize] =
+    [const { Atomic::new(0) }; HMM_GPU_MAX_IMPORTS as usize];
+
+/// That a dma-buf is a device: at its beginning and its end it is zeroed, which must not happen to what is another's.
+struct Mark(&'static Atomic<u64>);
+
+impl Mark {
+    /// Makes one. `EBUSY`, if there is one, or somebody makes one at this moment.
+    fn make(id: u64) -> Result<Self> {
+        let free = |mark: &&Atomic<u64>| mark.cmpxchg(0, id, Full).is_ok();
+        let this = Self(MARKS.iter().find(free).ok_or(ENOSPC)?);
+        if MARKS.iter().filter(|mark| mark.load(Acquire) == id).count() > 1 {
+            return Err(EBUSY);
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        self.0.xchg(0, Full);
+    }
+}
+
 /// All of a device. Dropped in this order.
 struct Parts {
     _sleep: Pin<KBox<SleepNotifier<Sleepy>>>,
     _gpu: SoftGpu,
+    _mark: Mark,
     _quota: Quota,
 }
 
@@ -98,7 +124,9 @@ impl_has_work! {
 impl Imported {
     fn new(dma_buf: i32, bytes: u64) -> Result<Arc<Self>> {
         let quota = Quota::take(bytes)?;
-        let vram = Vram::DmaBuf(Exported::new(dma_buf, usize::try_from(bytes)?)?);
+        let exported = Exported::new(dma_buf, usize::try_from(bytes)?)?;
+        let mark = Mark::make(exported.id())?;
+        let vram = Vram::DmaBuf(exported);
         let unit = Unit::take()?;
         let host = faux::Registration::new(unit.name(), None)?;
         let number = unit.number();
@@ -109,6 +137,7 @@ impl Imported {
             // What its exporter does with it in sleep is not known here.
             _sleep: KBox::try_pin_init(SleepNotifier::new(sleepy), GFP_KERNEL)?,
             _gpu: gpu,
+            _mark: mark,
             _quota: quota,
         };
         Arc::pin_init(

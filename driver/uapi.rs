@@ -862,7 +862,7 @@ pub const HMM_GPU_MAX_IMPORTS: u32 = 8;
 ///
 /// Errors: `EINVAL` (zero bytes or not a multiple of 2 MiB, more than the dma-buf has, no dma-buf, flag or reserved field not zero), `EBADF` (no such file
 /// descriptor), `EACCES` (the dma-buf may not be written to), `EOPNOTSUPP` (its exporter has no `vmap`; the module parameter `import_mib` is 0; the
-/// device is such a device itself, or device-coherent), `ENOSPC` (more than `import_mib` MiB in all, more than [`HMM_GPU_MAX_IMPORTS`], or no number is free), `EMFILE`, `ENOMEM`,
+/// device is such a device itself, or device-coherent), `EBUSY` (the dma-buf is such a device already, or was until a moment ago), `ENOSPC` (more than `import_mib` MiB in all, more than [`HMM_GPU_MAX_IMPORTS`], or no number is free), `EMFILE`, `ENOMEM`,
 /// `EINTR`, `ENODEV`, `EPERM`; and those of the exporter.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]

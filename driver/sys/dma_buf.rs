@@ -85,7 +85,7 @@ impl Drop for Mapped {
 pub(crate) struct Exported {
     // Before what it is in, so that it is dropped first.
     mapping: Mapping,
-    _mapped: Mapped,
+    mapped: Mapped,
 }
 
 impl Exported {
@@ -117,8 +117,14 @@ impl Exported {
         let mapping = unsafe { Mapping::exported(base, len) }?;
         Ok(Self {
             mapping,
-            _mapped: mapped,
+            mapped,
         })
+    }
+
+    /// What tells the dma-buf from all others that there are, as long as this is there. Not 0.
+    pub(crate) fn id(&self) -> u64 {
+        // CAST: Widens.
+        self.mapped.buf.raw.addr().get() as u64
     }
 }
 

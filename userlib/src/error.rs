@@ -516,6 +516,10 @@ fn import_reason(errno: Errno) -> Option<Reason> {
             "the dma-buf may not be written to",
             "export it for reading and writing",
         ),
+        Errno::BUSY => (
+            "it is such a device already, or was until a moment ago",
+            "drop the other device, and wait a moment",
+        ),
         Errno::OPNOTSUPP => (
             "the driver takes none, or not of this exporter (which must have `vmap`), or not through this device",
             "see the module parameter `import_mib`, and use a device with pools",

@@ -20,7 +20,7 @@ impl Device {
     /// process's own memory.
     ///
     /// Errors: [`Call`](Error::Call) with the driver's `EINVAL` (no dma-buf, or a shorter one, or not a multiple of 2 MiB), `EACCES` (it may not be
-    /// written to), `EOPNOTSUPP` (`import_mib` is 0, the exporter has no `vmap`, or this device is one of these, or coherent), `ENOSPC` (more than
+    /// written to), `EBUSY` (it is such a device already, or was until a moment ago), `EOPNOTSUPP` (`import_mib` is 0, the exporter has no `vmap`, or this device is one of these, or coherent), `ENOSPC` (more than
     /// `import_mib` in all, or more than 8 of them), `EMFILE`, `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
     ///
     /// ```no_run

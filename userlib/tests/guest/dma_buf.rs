@@ -22,18 +22,20 @@ use hmm_gpu::{Capabilities, Device, Ended, Errno, Place, Source, Strategy, SvmCo
 const MIB: usize = 1 << 20;
 
 /// A dma-buf, and the memory that it is of, mapped.
-struct Exported {
-    dma_buf: OwnedFd,
+pub struct Exported {
+    pub dma_buf: OwnedFd,
     memory: File,
     start: *mut AtomicU64,
     words: usize,
 }
 
 // SAFETY: the memory is the process's, and reached atomically only.
+unsafe impl Send for Exported {}
+// SAFETY: as above.
 unsafe impl Sync for Exported {}
 
 impl Exported {
-    fn new(bytes: usize) -> Self {
+    pub fn new(bytes: usize) -> Self {
         #[repr(C)]
         struct Create {
             memfd: u32,
@@ -246,19 +248,24 @@ fn what_is_refused() {
         assert_eq!(refusal(&device, other, 2 * MIB), Errno::INVAL);
     }
     let import = device.import_dma_buf(dma_buf, 4 * MIB).unwrap();
-    // The same once more: whoever shares bytes with itself has asked for it. The limits are of all together.
-    let mut more: Vec<Device> = (0..4)
-        .map(|_| device.import_dma_buf(dma_buf, 4 * MIB).unwrap())
-        .collect();
-    assert_eq!(refusal(&device, dma_buf, 2 * MIB), Errno::NOSPC);
-    more.clear();
+    // At its end it is zeroed, so it is one device at a time.
+    assert_eq!(refusal(&device, dma_buf, 2 * MIB), Errno::BUSY);
+    // The limits are of all together.
+    let others: Vec<Exported> = (0..8).map(|_| Exported::new(4 * MIB)).collect();
+    let import_all = |bytes| {
+        let each = others
+            .iter()
+            .map(|it| device.import_dma_buf(&it.dma_buf, bytes));
+        each.filter_map(Result::ok).collect::<Vec<_>>()
+    };
+    assert_eq!(import_all(4 * MIB).len(), 4);
     drop(import);
     eventually("it is given back", || {
         device.import_dma_buf(dma_buf, 4 * MIB).is_ok()
     });
     let mut all = vec![];
     eventually("there are as many as there may be", || {
-        all.extend(device.import_dma_buf(dma_buf, 2 * MIB));
+        all.extend(import_all(2 * MIB));
         all.len() == 8
     });
     assert_eq!(refusal(&device, dma_buf, 2 * MIB), Errno::NOSPC);
@@ -311,15 +318,11 @@ fn it_goes_with_the_device_it_was_made_through() {
 fn processes_fork_and_die_with_it() {
     let (driver, device, exported, import) = load(8);
     drop(import);
+    eventually("the first goes", || !is_in_iomem());
     for killed in [false, true] {
         let mut child = Child::fork(|link| {
             let device = Device::open(0).unwrap();
             let import = device.import_dma_buf(&exported.dma_buf, 8 * MIB);
-            // The one before goes a moment later.
-            let import = import.or_else(|_| {
-                std::thread::sleep(Duration::from_millis(500));
-                device.import_dma_buf(&exported.dma_buf, 8 * MIB)
-            });
             let import = import.unwrap();
             let area = Area::filled(500, 7);
             bring_in(&import, *area);

@@ -3,10 +3,11 @@
 //!
 //! Runs in the virtual GPU host: `bench/test guest_fuzz`. `HMM_GPU_SEED` names another sequence of calls.
 
+mod import;
 mod pool;
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
@@ -17,9 +18,10 @@ use crate::common::mirror::{both_check, device_fill_by, snapshot, table, wants, 
 use crate::common::misuse::{call, sized, user_end};
 use crate::common::random::{mix, seed, Random};
 use crate::common::{asked_seconds, eventually, is_checking, places, to_device};
+use crate::dma_buf::Exported;
 use hmm_gpu::uapi::{
     self, hmm_gpu_access, hmm_gpu_advise, hmm_gpu_atomic, hmm_gpu_counters, hmm_gpu_device_fault,
-    hmm_gpu_execute, hmm_gpu_fault, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_pool,
+    hmm_gpu_execute, hmm_gpu_fault, hmm_gpu_import, hmm_gpu_migrate, hmm_gpu_mirror, hmm_gpu_pool,
     hmm_gpu_prefetch, hmm_gpu_query, hmm_gpu_residency, hmm_gpu_snapshot,
 };
 use hmm_gpu::{Device, Errno, Target};
@@ -50,10 +52,11 @@ const ADVICE: usize = 9;
 const PREFETCH: usize = 10;
 const POOL: usize = 11;
 const EXECUTE: usize = 12;
+const IMPORT: usize = 13;
 /// The first number that no call has.
-const UNUSED: usize = 13;
+const UNUSED: usize = 14;
 
-const CALLS: [Known; 13] = [
+const CALLS: [Known; 14] = [
     (
         "QUERY",
         uapi::HMM_GPU_QUERY,
@@ -211,6 +214,23 @@ const CALLS: [Known; 13] = [
             Errno::NXIO,
             Errno::BUSY,
             Errno::SRCH,
+            Errno::INTR,
+        ],
+    ),
+    (
+        "IMPORT",
+        uapi::HMM_GPU_IMPORT,
+        size_of::<hmm_gpu_import>(),
+        0x30,
+        &[
+            Errno::INVAL,
+            Errno::FAULT,
+            Errno::BADF,
+            Errno::BUSY,
+            Errno::NOSPC,
+            // By a device that is one of these.
+            Errno::OPNOTSUPP,
+            Errno::NOMEM,
             Errno::INTR,
         ],
     ),
@@ -480,6 +500,9 @@ struct Caller<'a> {
     room: Vec<u64>,
     faults: Vec<hmm_gpu_device_fault>,
     backing: fs::File,
+    /// For `IMPORT`, with nothing in it; and for a device that calls are made by.
+    dma_buf: &'a OwnedFd,
+    exported: Exported,
     /// How often each call went well, and how often it failed.
     counts: [[usize; 2]; CALLS.len()],
     /// How long each took, all together and at most.
@@ -598,6 +621,7 @@ impl Caller<'_> {
             PREFETCH => self.prefetch(),
             POOL => self.pool(),
             EXECUTE => self.execute(),
+            IMPORT => self.import(),
             _ => self.atomic(),
         }
     }
@@ -839,6 +863,10 @@ impl Caller<'_> {
             QUERY, COUNTERS, MIRROR, MIGRATION, MIGRATION, RESIDENCY, SNAPSHOT, ACCESS, ACCESS,
             ACCESS, FAULT, FAULT, ATOMIC, ATOMIC, ADVICE, ADVICE, PREFETCH, POOL, EXECUTE, EXECUTE,
         ]);
+        // To make pages of memory takes as long as hundreds of calls.
+        if self.random.once_in(200) {
+            known = IMPORT;
+        }
         if std::mem::take(&mut self.private.wants_pool) {
             known = POOL;
             self.who = Who::Private;
@@ -953,7 +981,11 @@ impl Caller<'_> {
         }
         let made = self.make();
         let (name, _, size, _, errors) = CALLS[made.known];
-        let (place, there) = self.place(&made.bytes);
+        let (place, there) = match made.known {
+            // The file that is answered must not be lost.
+            IMPORT => self.place_in_room(&made.bytes),
+            _ => self.place(&made.bytes),
+        };
         let begin = Instant::now();
         let answer = call(self.file(), made.number, place);
         let (all, most) = &mut self.times[made.known];
@@ -984,7 +1016,8 @@ impl Caller<'_> {
         let Some(offset) = place.checked_sub(room.as_ptr() as usize) else {
             return;
         };
-        if made.refused || !whole || offset + size > room.len() {
+        let is_import = made.known == IMPORT && answer.is_ok();
+        if made.refused || !(whole || is_import) || offset + size > room.len() {
             return;
         }
         let answered = &room[offset..offset + size];
@@ -1020,6 +1053,10 @@ impl Caller<'_> {
             POOL if answer.is_ok() => {
                 let it: hmm_gpu_pool = bytemuck::pod_read_unaligned(answered);
                 self.has_pool(&it);
+            }
+            IMPORT if is_import => {
+                let it: hmm_gpu_import = bytemuck::pod_read_unaligned(answered);
+                self.has_import(&it);
             }
             EXECUTE if answer.is_ok() => {
                 let it: hmm_gpu_execute = bytemuck::pod_read_unaligned(answered);
@@ -1133,7 +1170,7 @@ impl Caller<'_> {
                 guard.page(self.random.below(guard.pages)).check(seed);
             }
             if self.random.once_in(1000) {
-                self.own = Device::open_path(self.own.path()).unwrap();
+                self.own = Device::open_path(self.shared.path()).unwrap();
             }
             // Blocks with nodes of others' tables become no pools, and after a while most have some: a pool is kept.
             let often = if self.private.has_pool { 3000 } else { 300 };
@@ -1195,6 +1232,9 @@ fn move_to(device: &Device, span: Span, target: Target) {
 /// Makes calls until there were so many, and until so much time has gone. Nothing has changed that was not to, and the device does
 /// what it is asked.
 fn fuzz(seed: u64, calls: usize, time: Duration) {
+    // Who may make one is not the driver's business.
+    let exported = Exported::new(import::DMA_BUF);
+    let mut each = [(); THREADS].map(|()| Some(Exported::new(import::DMA_BUF)));
     become_nobody();
     let device = Device::open(0).unwrap();
     // So it has something in VRAM for good, and no pool.
@@ -1218,6 +1258,8 @@ fn fuzz(seed: u64, calls: usize, time: Duration) {
             room: vec![0; ROOM / 8 + 1],
             faults: vec![wants(0, 0); FAULTS],
             backing: file(200, 6),
+            dma_buf: &exported.dma_buf,
+            exported: each[thread].take().unwrap(),
             counts: Default::default(),
             times: Default::default(),
         })
@@ -1243,7 +1285,7 @@ fn fuzz(seed: u64, calls: usize, time: Duration) {
         ));
         // A fuzzer that is always refused finds nothing.
         // A pool is a file's only one, and what it takes to be executed: one of them is certain, and no more.
-        let few = if [POOL, EXECUTE].contains(&known) {
+        let few = if [POOL, EXECUTE, IMPORT].contains(&known) {
             200_000
         } else {
             200
@@ -1277,7 +1319,7 @@ fn fuzz(seed: u64, calls: usize, time: Duration) {
 /// stops it, or that it answers with an error which is not that call's.
 #[test]
 fn whatever_is_asked_nothing_else_is_changed() {
-    let driver = Driver::load("soft=1 soft_mib=20 fault_around=64 bounce_ms=20");
+    let driver = Driver::load("soft=1 soft_mib=20 import_mib=10 fault_around=64 bounce_ms=20");
     let device = Device::open(0).unwrap();
     fs::set_permissions(device.path(), fs::Permissions::from_mode(0o666)).unwrap();
     // Another process's, which is in the way in so little VRAM.

@@ -116,7 +116,7 @@ fn a_description_says_what_the_device_is() {
             let device = driver.bind(gpu);
             let description = device.describe().unwrap();
             assert_eq!(description.path, device.path());
-            assert_eq!((description.unit, description.version), (unit, 5));
+            assert_eq!((description.unit, description.version), (unit, 6));
             assert_eq!(description.source, Source::Pci);
             assert_eq!(description.form, form);
             assert_eq!(description.pci.unwrap().to_string(), gpu);

@@ -291,6 +291,8 @@ impl Caller<'_> {
                 Errno::PERM,
                 Errno::NOMEM,
                 Errno::OVERFLOW,
+                // Of a dma-buf.
+                Errno::OPNOTSUPP,
             ];
             assert!(may.contains(&error), "mapping {}: {error}", what());
             let known = self.private.place.is_some();
