@@ -78,15 +78,15 @@ impl<D: Parent> Gpu<D> {
         let is_said = !map.data().vram.is_imported();
         if is_said {
             pr_info!(
-            "{}: {} MiB of VRAM as device-{} pages at {:#x}\n",
-            unit.name(),
-            bytes >> 20,
-            match kind {
-                Kind::Private => "private",
-                Kind::Coherent => "coherent",
-            },
-            memory.owner().start()
-        );
+                "{}: {} MiB of VRAM as device-{} pages at {:#x}\n",
+                unit.name(),
+                bytes >> 20,
+                match kind {
+                    Kind::Private => "private",
+                    Kind::Coherent => "coherent",
+                },
+                memory.owner().start()
+            );
         }
         trace::bind(unit.number(), memory.owner().start(), bytes, true);
         Ok(Self {

@@ -36,7 +36,9 @@ static TAKEN: Atomic<u64> = Atomic::new(0);
 
 /// Whether a device that has this memory lets clients do this.
 pub(crate) fn may(vram: &Vram, kind: Kind) -> bool {
-    kind == Kind::Private && !vram.is_imported() && *crate::module_parameters::import_mib.value_ref() != 0
+    kind == Kind::Private
+        && !vram.is_imported()
+        && *crate::module_parameters::import_mib.value_ref() != 0
 }
 
 /// A part of what may be imported.
@@ -189,7 +191,7 @@ impl Imports {
         let mut gone = KVec::with_capacity(HMM_GPU_MAX_IMPORTS as usize + 1, GFP_KERNEL)?;
         {
             let mut all = self.all.lock();
-            let all = (&mut *all).as_mut().ok_or(ENODEV)?;
+            let all = (*all).as_mut().ok_or(ENODEV)?;
             // CAST: A small number.
             all.reserve(HMM_GPU_MAX_IMPORTS as usize + 1, GFP_KERNEL)?;
             all.push(import, GFP_KERNEL)?;

@@ -42,8 +42,7 @@ impl DmaBuf {
     fn is_writable(&self) -> bool {
         // SAFETY: Valid, by the type invariants, and so is its file, which it is one with; the mode never changes.
         let mode = unsafe { (*(*self.raw.as_ptr()).file).f_mode };
-        // CAST: The bits are the same.
-        mode as u32 & bindings::hmm_gpu_fmode_HMM_GPU_FMODE_WRITE != 0
+        mode & bindings::hmm_gpu_fmode_HMM_GPU_FMODE_WRITE != 0
     }
 
     fn has_vmap(&self) -> bool {
@@ -115,10 +114,7 @@ impl Exported {
         let base = NonNull::new(base.cast::<u8>()).ok_or(ENOMEM)?;
         // SAFETY: As much as the dma-buf has is mapped for reading and writing, until `mapped` is dropped: after the mapping.
         let mapping = unsafe { Mapping::exported(base, len) }?;
-        Ok(Self {
-            mapping,
-            mapped,
-        })
+        Ok(Self { mapping, mapped })
     }
 
     /// What tells the dma-buf from all others that there are, as long as this is there. Not 0.

@@ -160,9 +160,7 @@ impl<C: Client> Unnamed<C> {
         });
         let file = match file {
             // SAFETY: A new file, which nobody uses and whose reference passes to this.
-            Ok(file) => unsafe {
-                ARef::from_raw(NonNull::from(File::from_raw_file(file)))
-            },
+            Ok(file) => unsafe { ARef::from_raw(NonNull::from(File::from_raw_file(file))) },
             Err(error) => {
                 // SAFETY: Just made by `into_foreign`, and the kernel has not taken it.
                 drop(unsafe { <Pin<KBox<Handler<C>>> as ForeignOwnable>::from_foreign(private) });
