@@ -90,7 +90,7 @@ impl Exported {
     fn word(&self, offset: u64) -> Option<&AtomicU64> {
         let at = (offset / 8) as usize;
         // SAFETY: inside, and mapped as long as this is there.
-        (at < self.words).then(|| unsafe { &*self.start.add(at) })
+        (at < self.words).then(|| unsafe { &*self.start.wrapping_add(at) })
     }
 
     fn all(&self) -> impl Iterator<Item = &AtomicU64> {
