@@ -433,8 +433,8 @@ fn an_exporter_gone_mad_hurts_nobody_but_its_client() {
             }
         });
         let _stop = Stop(&stop);
-        for round in 0..10 {
-            let area = Area::filled(1500, round);
+        for round in 0..rounds(10) as u64 {
+            let area = Area::filled(600, round);
             fault_all(&import, *area, READ, MIGRATE);
             let _ = import.snapshot_range(area.addr, area.bytes()).unwrap();
             let mut bytes = vec![0; 100 * PAGE];
