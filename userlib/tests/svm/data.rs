@@ -32,12 +32,20 @@ pub(crate) fn contexts(pages: usize) -> Vec<SvmContext> {
     if !has_vulkan() {
         return Vec::new();
     }
-    Strategy::ALL
+    strategies()
         .into_iter()
-        // What is lavapipe's.
-        .filter(|&strategy| wanted().is_none() || strategy != Strategy::Native)
         .map(|strategy| context(strategy, pages))
         .collect()
+}
+
+/// The strategies that the device has: of one that was asked for, all but what is lavapipe's. Says so, if one is left out.
+pub(crate) fn strategies() -> Vec<Strategy> {
+    let Some(device) = wanted() else {
+        return Strategy::ALL.to_vec();
+    };
+    println!("left out: `native`, since HMM_GPU_VULKAN_DEVICE asks for {device}");
+    let is_there = |strategy: &Strategy| *strategy != Strategy::Native;
+    Strategy::ALL.into_iter().filter(is_there).collect()
 }
 
 /// The device that was asked for, by a part of its name: a real one, on a system that has no validation layers. Otherwise lavapipe.
