@@ -105,7 +105,11 @@ layout(push_constant, std430) uniform SvmPush {
 } svm_push;
 
 #define SVM_ARGS layout(buffer_reference, std430, buffer_reference_align = 8) readonly buffer SvmArgs
-#define svm_args SvmArgs(svm_push.args)
+#define svm_args SvmArgs(svm_args_)
+
+// Read where all invocations run. Mesa's processor driver makes a load whose address is the same in all of them even where none is active,
+// as at the end of a loop, and then by what the first of them has: nothing, if it did not run when the address was read.
+uint64_t svm_args_ = svm_push.args;
 
 layout(buffer_reference, std430, buffer_reference_align = 4) buffer SvmWord { uint value; };
 layout(buffer_reference, std430, buffer_reference_align = 8) buffer SvmLong { uint64_t value; };
