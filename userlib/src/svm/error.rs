@@ -130,10 +130,12 @@ pub enum SvmError {
         pages: usize,
     },
 
-    /// An execution was taken away before the work was done.
+    /// An execution was taken away before the work was done: others waited until the deadline for a page that it might use. The context works
+    /// on; the data has to be made anew. The driver does not say which page that was, but in its trace: `Documentation/svm.md`.
     #[error(
         "the execution of `{kernel}` was lost: it took longer than its deadline of {deadline_ms} ms while something waited for its \
-         pages; what it has written is not known"
+         pages; what it has written is not known (touch nothing that a kernel uses before its dispatch is done, nor fork, and give it pages of \
+         its own, `SharedBuf`; the trace event hmm_gpu_cpu_fault with outcome `later` names what waited)"
     )]
     Lost {
         /// The kernel.

@@ -11,12 +11,12 @@ use std::time::Duration;
 use crate::common::child::Child;
 use crate::common::driver::{assert_empty, counters, Driver, GPUS};
 use crate::common::kernel;
+use crate::common::kernels::{cache, Arrays};
 use crate::common::memory::{last_errno, Area, PAGE};
 use crate::common::mirror::{fault_all, MIGRATE, READ};
 use crate::common::shader::{bring_in, Shader, Words};
 use crate::common::{assert_place, eventually, refused, rounds, to_device, to_system, Stop};
 use crate::power::sleep;
-use crate::svm::{cache, Arrays};
 use hmm_gpu::{Capabilities, Device, Ended, Errno, Place, Source, Strategy, SvmContext, Target};
 
 const MIB: usize = 1 << 20;

@@ -8,6 +8,7 @@ use hmm_gpu::{Args, Device, Error, Place, Shipped, Strategy, SvmContext, SvmErro
 
 use crate::common::child::Child;
 use crate::common::driver::{counters, Driver, GPUS};
+use crate::common::kernels::{cache, translated, Arrays};
 use crate::common::memory::{Area, PAGE};
 use crate::common::{places, rounds, Stop};
 
@@ -19,74 +20,6 @@ const LINKS: u64 = 20_000;
 struct Link {
     next: Option<Box<Link>>,
     value: u64,
-}
-
-const MIB: usize = 1 << 20;
-
-/// Before Vulkan is there. The root is read-only: what lavapipe compiles is kept elsewhere, for the other tests. And it is not optimized:
-/// on an emulated processor that takes longer than all that runs here.
-pub fn cache() {
-    std::env::set_var("MESA_SHADER_CACHE_DIR", "/tmp/mesa");
-    std::env::set_var("GALLIVM_PERF", "nopt");
-}
-
-fn translated(device: Device, mib: usize) -> SvmContext {
-    cache();
-    SvmContext::builder()
-        .strategy(Strategy::Translated)
-        .driver(device)
-        .pool_bytes(mib * MIB)
-        .build()
-        .unwrap()
-}
-
-/// Two arrays with pages of their own.
-pub struct Arrays {
-    pub x: Area,
-    pub y: Area,
-}
-
-impl Arrays {
-    pub fn new(pages: usize) -> Self {
-        let arrays = Self {
-            x: Area::new(pages),
-            y: Area::new(pages),
-        };
-        arrays
-            .slice(&arrays.x)
-            .iter_mut()
-            .enumerate()
-            .for_each(|(i, x)| *x = (i % 1000) as f32);
-        arrays
-            .slice(&arrays.y)
-            .iter_mut()
-            .enumerate()
-            .for_each(|(i, y)| *y = (i % 777) as f32);
-        arrays
-    }
-
-    #[allow(clippy::mut_from_ref)]
-    fn slice(&self, area: &Area) -> &mut [f32] {
-        // SAFETY: an area is this value's own, page aligned, and the tests have one such slice of each at a time.
-        unsafe { std::slice::from_raw_parts_mut(area.addr as *mut f32, area.bytes() / 4) }
-    }
-
-    pub fn saxpy(&self, context: &SvmContext) -> hmm_gpu::DispatchStats {
-        context
-            .saxpy(3.0, self.slice(&self.x), self.slice(&self.y))
-            .unwrap()
-    }
-
-    /// Asserts every element, after so many of them.
-    #[track_caller]
-    pub fn check(&self, times: usize) {
-        for (i, y) in self.slice(&self.y).iter().enumerate() {
-            assert_eq!(*y, (3 * times * (i % 1000) + i % 777) as f32, "element {i}");
-        }
-        for (i, x) in self.slice(&self.x).iter().enumerate() {
-            assert_eq!(*x, (i % 1000) as f32, "element {i} of what is read only");
-        }
-    }
 }
 
 /// Catches a kernel that works on a copy, or on system memory: its pages are in VRAM when it is done, and a second run has no fault.

@@ -36,6 +36,13 @@ impl Link {
         }
         u64::from_ne_bytes(bytes)
     }
+
+    /// Lets the other side go one step, and waits for it.
+    #[track_caller]
+    pub fn step(&mut self) -> u64 {
+        self.send(0);
+        self.receive()
+    }
 }
 
 /// A forked process. Killed when dropped.
@@ -93,8 +100,7 @@ impl Child {
     /// Lets the child go one step, and waits for it.
     #[track_caller]
     pub fn step(&mut self) -> u64 {
-        self.send(0);
-        self.receive()
+        self.link.step()
     }
 
     /// Waits for the end of the child, which must be a good one.

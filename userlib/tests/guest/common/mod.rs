@@ -11,6 +11,7 @@ pub mod driver;
 pub mod huge;
 pub mod inject;
 pub mod kernel;
+pub mod kernels;
 pub mod memory;
 pub mod mirror;
 pub mod misuse;
