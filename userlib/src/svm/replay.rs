@@ -81,6 +81,9 @@ pub(crate) trait Machine {
     /// Has the page of an address used by a copy from now on, because it does not stay where it is brought. False if that cannot be.
     fn use_a_copy(&mut self, addr: usize) -> Result<bool, Error>;
 
+    /// How many pages have ever had a copy.
+    fn copied(&self) -> usize;
+
     /// How many pages can be brought in for a round.
     fn room(&self) -> usize;
 
@@ -103,7 +106,7 @@ pub(crate) fn replay(
     let (mut batch, mut lanes, mut loud) = (limit, group, false);
     // What was brought in since something finished.
     let mut brought: HashSet<(usize, bool)> = HashSet::new();
-    let mut tries = 0;
+    let (mut tries, mut copied) = (0, 0);
     let mut list = Vec::new();
     let mut bounces = Bounces::default();
 
@@ -167,7 +170,9 @@ pub(crate) fn replay(
 
         let mut misses = outcome.misses;
         let lost = |miss: &Miss| brought.contains(&(page(miss), miss.write));
-        if outcome.advanced || still < ran {
+        // Another page has a copy: there are only so many, and room has nothing to do with it.
+        let before = std::mem::replace(&mut copied, machine.copied());
+        if outcome.advanced || still < ran || copied > before {
             brought.clear();
             tries = 0;
         } else if misses.iter().any(lost) {
@@ -402,6 +407,10 @@ mod tests {
             let new = self.copies && self.copied.insert(addr / PAGE_BYTES);
             assert!(new || !self.copies, "what has a copy is missed");
             Ok(new)
+        }
+
+        fn copied(&self) -> usize {
+            self.copied.len()
         }
 
         fn room(&self) -> usize {

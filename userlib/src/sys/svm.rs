@@ -12,7 +12,7 @@ use crate::svm::Miss;
 use crate::Error;
 
 pub(crate) use place::{MappedRange, Placed};
-pub(crate) use twins::Twins;
+pub(crate) use twins::{Added, Twins};
 
 /// Memory that a device page table and its pages are in, as this process has it mapped.
 #[derive(Clone, Copy, Debug)]

@@ -8,7 +8,7 @@ use hmm_gpu::{Args, Device, Error, Place, Shipped, Strategy, SvmContext, SvmErro
 
 use crate::common::child::Child;
 use crate::common::driver::{counters, Driver, GPUS};
-use crate::common::kernels::{cache, translated, Arrays};
+use crate::common::kernels::{builder, cache, translated, Arrays};
 use crate::common::memory::{Area, PAGE};
 use crate::common::{places, rounds, Stop};
 
@@ -182,6 +182,26 @@ fn the_cpu_goes_on_meanwhile() {
     });
     arrays.check(5);
     drop((context, arrays, others));
+    driver.finish();
+}
+
+/// Catches a dispatch that does not end, or loses bytes, where more pages than there are copies come home in each round, since the thread
+/// that dispatches touches them.
+#[test]
+fn more_pages_may_come_home_each_time_than_have_copies() {
+    let driver = Driver::load("soft=1 soft_mib=64");
+    let arrays = Arrays::new(160);
+    let touched = [*arrays.x, *arrays.y];
+    let context = builder(Device::open(0).unwrap(), 8)
+        .progress(move |_| touched.iter().for_each(|span| span.touch()))
+        .build()
+        .unwrap();
+    let stats = arrays.saxpy(&context);
+    println!("{stats}");
+    assert!((320..640).contains(&stats.pages_by_copy), "{stats}");
+    assert!(counters(context.driver().unwrap()).fault_back_pages > 320);
+    arrays.check(1);
+    drop((context, arrays));
     driver.finish();
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
@@ -131,6 +132,8 @@ pub(crate) struct Software {
     running: bool,
     /// One of so many pages is touched before each round.
     touched: Option<usize>,
+    /// What does not come.
+    kept_out: Range<usize>,
     still: bool,
 }
 
@@ -154,6 +157,7 @@ impl Software {
             turn: 0,
             running: false,
             touched: None,
+            kept_out: 0..0,
             still: false,
         }
     }
@@ -167,6 +171,13 @@ impl Software {
     /// Somebody touches one of so many pages, and brings it home by that, each time before a kernel comes to it.
     pub(crate) fn touched(mut self, one_of: usize) -> Self {
         self.touched = Some(one_of);
+        self
+    }
+
+    /// The pages of these values do not come, though they are such as could.
+    pub(crate) fn keeping_out<T>(mut self, values: &[T]) -> Self {
+        let Range { start, end } = values.as_ptr_range();
+        self.kept_out = start.expose_provenance()..end.expose_provenance();
         self
     }
 
@@ -237,7 +248,8 @@ impl Software {
             return Ok(0);
         }
         self.grow(addr);
-        if !kind.starts_with("rw") || kind.ends_with('s') {
+        let stays = self.kept_out.start < addr + PAGE && addr < self.kept_out.end;
+        if stays || !kind.starts_with("rw") || kind.ends_with('s') {
             self.tree
                 .set(
                     addr,

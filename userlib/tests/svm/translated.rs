@@ -180,6 +180,46 @@ fn pages_that_somebody_keeps_touching_are_used_by_a_copy() {
     }
 }
 
+/// Catches a dispatch that does not end, or does not get on, where there are not copies for all pages that somebody keeps touching.
+#[test]
+fn more_pages_may_be_touched_than_have_copies() {
+    let _alone = alone();
+    if !has_vulkan() {
+        return;
+    }
+    let software = Software::new(1024).touched(1);
+    let builder = SvmContext::builder().strategy(Strategy::Translated);
+    let context = builder.backend(Box::new(software)).build().unwrap();
+    // 586 pages, and parts of others: three times as many as there are copies.
+    let stats = saxpy(&context, 300_000);
+    println!("{stats}");
+    assert!((586..1200).contains(&stats.pages_by_copy), "{stats}");
+    words(&context, 100_000);
+}
+
+/// Catches an invocation that is given up because its pages, which do not come, have copies one after the other; and what a processor's driver
+/// reads for the first invocation of eight when that does not run and the others leave a loop.
+#[test]
+fn pages_that_do_not_come_are_used_by_copies() {
+    let _alone = alone();
+    if !has_vulkan() {
+        return;
+    }
+    let words = vec![1_u32; 110 * 1024];
+    let software = Software::new(64).keeping_out(&words);
+    let builder = SvmContext::builder().strategy(Strategy::Translated);
+    let context = builder.backend(Box::new(software)).build().unwrap();
+    let kernel = compiled(&context, "greedy").unwrap();
+    let mut sums = vec![0_u32; 64];
+    let args = Args::new().read(&words).write(&mut sums).value(100_u32);
+    // SAFETY: it reads a word of each of the first 100 pages for each of 64 invocations, which are there.
+    let stats = unsafe { context.dispatch(&kernel, args, 1) }.unwrap();
+    println!("{stats}");
+    // They do not all begin on the same page.
+    assert!((100..=102).contains(&stats.pages_by_copy), "{stats}");
+    assert_eq!(sums, [100; 64]);
+}
+
 /// Catches memory that can never be in VRAM and is taken for something else.
 #[test]
 fn memory_that_cannot_be_in_vram_is_named() {

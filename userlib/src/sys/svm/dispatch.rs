@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Placed, Twins};
+use super::{Added, Placed, Twins};
+use crate::range::PAGE_BYTES;
 use crate::svm::context::{Translated, Work, FAULTS};
 use crate::svm::kernel::Grid;
 use crate::svm::replay::{replay, Batch, Groups, Left, Machine, Outcome};
@@ -288,6 +289,77 @@ impl Running<'_> {
     }
 }
 
+impl Running<'_> {
+    /// Brings in what was missed, or has it be used by copies, where it is private and does not come however often it is asked for.
+    fn bring(&mut self, mut misses: Vec<Miss>) -> Result<u64, Error> {
+        while !misses.is_empty() {
+            let answer = self.ask_for(&misses);
+            let Err(Error::Svm(SvmError::NotInVram { addr, .. })) = answer else {
+                return answer;
+            };
+            let is_it = |miss: &Miss| miss.addr / PAGE_BYTES == addr / PAGE_BYTES;
+            let Some(at) = misses.iter().position(is_it) else {
+                return answer;
+            };
+            // Without room it is missed again, as it is when it had to go for others.
+            if matches!(self.copy(addr)?, None | Some(Added::Before)) {
+                return answer;
+            }
+            // Those before it have been asked for.
+            let mut number = 0;
+            misses.retain(|miss| {
+                number += 1;
+                !is_it(miss) && (number > at || !miss.system)
+            });
+        }
+        Ok(0)
+    }
+
+    fn ask_for(&mut self, misses: &[Miss]) -> Result<u64, Error> {
+        let Some(first) = misses.first() else {
+            return Ok(0);
+        };
+        let name = self.kernel.name();
+        match (self.context.strategy(), &mut self.work.translated) {
+            (Strategy::Translated, Some(Translated { backend, .. })) => backend
+                .service(misses)
+                .map_err(|error| reason::explain(error, name)),
+            (Strategy::Native | Strategy::Translated, _) => Err(Error::Fault {
+                fault: DeviceFault {
+                    addr: first.addr,
+                    access: if first.write {
+                        Access::Write
+                    } else {
+                        Access::Read
+                    },
+                },
+                errno: Errno::FAULT,
+            }),
+            (strategy, _) => Err(SvmError::OutOfReach {
+                kernel: name.to_owned(),
+                addr: first.addr,
+                strategy,
+            }
+            .into()),
+        }
+    }
+
+    /// Has the page of an address be used by a copy, if that is such a page.
+    fn copy(&mut self, addr: usize) -> Result<Option<Added>, Error> {
+        if self.work.translated.is_none() || !reason::is_private(addr) {
+            return Ok(None);
+        }
+        let twins = match &mut self.twins {
+            Some(twins) => twins,
+            none => none.insert(Twins::new(&self.context.gpu)?),
+        };
+        let added = twins.add(addr);
+        let kernel = self.kernel.name();
+        tracing::debug!(kernel, addr, ?added, "a page does not stay in VRAM");
+        Ok(Some(added))
+    }
+}
+
 impl Machine for Running<'_> {
     fn run(&mut self, batch: Batch<'_>) -> Result<Outcome, Error> {
         let begin = Instant::now();
@@ -340,56 +412,17 @@ impl Machine for Running<'_> {
 
     fn service(&mut self, misses: &[Miss]) -> Result<u64, Error> {
         let begin = Instant::now();
-        let Some(first) = misses.first() else {
-            return Ok(0);
-        };
-        let kernel = || self.kernel.name().to_owned();
-        let mut moved = match (self.context.strategy(), &mut self.work.translated) {
-            (Strategy::Translated, Some(Translated { backend, .. })) => backend
-                .service(misses)
-                .map_err(|error| reason::explain(error, self.kernel.name())),
-            (Strategy::Native | Strategy::Translated, _) => Err(Error::Fault {
-                fault: DeviceFault {
-                    addr: first.addr,
-                    access: if first.write {
-                        Access::Write
-                    } else {
-                        Access::Read
-                    },
-                },
-                errno: Errno::FAULT,
-            }),
-            (strategy, _) => Err(SvmError::OutOfReach {
-                kernel: kernel(),
-                addr: first.addr,
-                strategy,
-            }
-            .into()),
-        };
-        // What is private, and does not come however often it is asked for.
-        if let Err(Error::Svm(SvmError::NotInVram { addr, .. })) = moved {
-            if self.use_a_copy(addr)? {
-                moved = Ok(0);
-            }
-        }
+        let moved = self.bring(misses.to_vec());
         self.times.service += begin.elapsed();
         moved
     }
 
     fn use_a_copy(&mut self, addr: usize) -> Result<bool, Error> {
-        if self.work.translated.is_none() || !reason::is_private(addr) {
-            return Ok(false);
-        }
-        let twins = match &mut self.twins {
-            Some(twins) => twins,
-            none => none.insert(Twins::new(&self.context.gpu)?),
-        };
-        tracing::debug!(
-            kernel = self.kernel.name(),
-            addr,
-            "a page does not stay in VRAM"
-        );
-        Ok(twins.add(addr))
+        Ok(self.copy(addr)? == Some(Added::Now))
+    }
+
+    fn copied(&self) -> usize {
+        self.twins.as_ref().map_or(0, Twins::pages)
     }
 
     fn room(&self) -> usize {

@@ -3,6 +3,7 @@
 //! A copy is made anew before each round, and what the round has changed in it, byte by byte, is written back after it: the rest of the
 //! page is not the kernel's, and may have changed meanwhile. While a page has a copy, kernels use nothing else of it.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -24,12 +25,27 @@ pub(crate) struct Twins {
     memory: File,
     /// Sorted.
     pages: Vec<Page>,
+    /// All that it has had.
+    ever: HashSet<usize>,
     all: u64,
 }
 
 struct Page {
     addr: usize,
     before: Box<[u8]>,
+    /// No round has used it yet.
+    is_new: bool,
+}
+
+/// What becomes of a page that is to have a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Added {
+    /// It has one from the next round on.
+    Now,
+    /// It had one.
+    Before,
+    /// There is no room beside the others that are for the next round.
+    NotYet,
 }
 
 impl Twins {
@@ -47,6 +63,7 @@ impl Twins {
             buffer: Buffer::new(gpu, "copies of pages", bytes, Place::Back)?,
             memory,
             pages: Vec::new(),
+            ever: HashSet::new(),
             all: 0,
         })
     }
@@ -66,20 +83,34 @@ impl Twins {
         self.all
     }
 
-    /// Has the page of an address, from the next round on. False if it has it already. Where there is no room, all others go: what an
-    /// invocation still needs of them comes again.
-    pub(crate) fn add(&mut self, addr: usize) -> bool {
+    /// How many pages it has ever had.
+    pub(crate) fn pages(&self) -> usize {
+        self.ever.len()
+    }
+
+    /// Has the page of an address. Where there is no room, all go that a round has used: what an invocation still needs of them comes again.
+    pub(crate) fn add(&mut self, addr: usize) -> Added {
         let addr = addr & !(PAGE_BYTES - 1);
-        let Err(mut at) = self.pages.binary_search_by_key(&addr, |page| page.addr) else {
-            return false;
-        };
-        if self.pages.len() == MOST {
-            self.pages.clear();
-            at = 0;
+        let place = |pages: &[Page]| pages.binary_search_by_key(&addr, |page| page.addr);
+        if place(&self.pages).is_ok() {
+            return Added::Before;
         }
+        if self.pages.len() == MOST {
+            self.pages.retain(|page| page.is_new);
+        }
+        if self.pages.len() == MOST {
+            return Added::NotYet;
+        }
+        let (Ok(at) | Err(at)) = place(&self.pages);
         self.all += 1;
+        self.ever.insert(addr);
         let before = vec![0; PAGE_BYTES].into();
-        self.pages.insert(at, Page { addr, before });
+        let page = Page {
+            addr,
+            before,
+            is_new: true,
+        };
+        self.pages.insert(at, page);
         let first = self.buffer.addr() + PAGES_AT as u64;
         let (named, deltas): (Vec<Named>, Vec<u64>) = (0_u64..)
             .zip(&self.pages)
@@ -93,7 +124,7 @@ impl Twins {
             })
             .unzip();
         self.buffer.put(0, &ranges::table(&named, &deltas));
-        true
+        Added::Now
     }
 
     /// Copies the pages, as they are now.
@@ -105,6 +136,7 @@ impl Twins {
             let read = self.memory.read_exact_at(&mut page.before, from);
             read.map_err(|_| gone(page.addr, Access::Read))?;
             to.copy_from_slice(&page.before);
+            page.is_new = false;
         }
         Ok(())
     }
@@ -113,7 +145,7 @@ impl Twins {
     pub(crate) fn write_back(&self) -> Result<(), Error> {
         let copies = self.buffer.bytes().get(PAGES_AT..).unwrap_or_default();
         let copies = copies.chunks_exact(PAGE_BYTES);
-        for (Page { addr, before }, now) in self.pages.iter().zip(copies) {
+        for (Page { addr, before, .. }, now) in self.pages.iter().zip(copies) {
             // Most are only read.
             if **before == *now {
                 continue;
