@@ -11,7 +11,7 @@ use crate::svm::context::{Translated, Work, FAULTS};
 use crate::svm::kernel::Grid;
 use crate::svm::replay::{replay, Batch, Groups, Left, Machine, Outcome};
 use crate::svm::{reason, Args, DispatchStats, Kernel, Miss, Strategy, SvmContext, SvmError};
-use crate::sys::vulkan::Push;
+use crate::sys::vulkan::{Push, Vendor};
 use crate::{Access, DeviceFault, Errno, Error};
 
 /// `SvmControl` of `hmm_svm.glsl`.
@@ -155,21 +155,26 @@ impl SvmContext {
     /// Has a kernel compiled by the device's driver, which otherwise does that when it first runs: nothing of it runs.
     pub(crate) fn warm(&self, kernel: &Kernel) -> Result<(), Error> {
         let mut guard = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        let control = Control {
-            list: guard.list.addr(),
-            nowhere: guard.nowhere.addr(),
-            groups_x: 1,
-            groups_y: 1,
-            ..Default::default()
-        };
-        guard.control.put(0, &[control]);
-        let push = Push {
-            control: guard.control.addr(),
-            args: guard.args.addr(),
-            ..Default::default()
-        };
+        let push = idle(&mut guard);
         // SAFETY: without lanes, every invocation ends at `svm_begin`, which has read `control` and the beginning of `list` only.
         unsafe { kernel.pipeline.run(push, 1) }
+    }
+}
+
+/// What a shader is told that is to do nothing.
+fn idle(work: &mut Work) -> Push {
+    let control = Control {
+        list: work.list.addr(),
+        nowhere: work.nowhere.addr(),
+        groups_x: 1,
+        groups_y: 1,
+        ..Default::default()
+    };
+    work.control.put(0, &[control]);
+    Push {
+        control: work.control.addr(),
+        args: work.args.addr(),
+        ..Default::default()
     }
 }
 
@@ -290,6 +295,17 @@ impl Running<'_> {
 }
 
 impl Running<'_> {
+    /// Has a driver that works in threads of this process touch all that it touches for a submission, before such a touch is waited for: what
+    /// of it is in VRAM comes home now, and is missed.
+    fn rehearse(&mut self) -> Result<(), Error> {
+        if self.work.translated.is_none() || self.context.gpu.facts.vendor != Vendor::Lavapipe {
+            return Ok(());
+        }
+        let push = idle(self.work);
+        // SAFETY: as in `warm`.
+        unsafe { self.kernel.pipeline.run(push, 1) }
+    }
+
     /// Brings in what was missed, or has it be used by copies, where it is private and does not come however often it is asked for.
     fn bring(&mut self, mut misses: Vec<Miss>) -> Result<u64, Error> {
         while !misses.is_empty() {
@@ -363,6 +379,7 @@ impl Running<'_> {
 impl Machine for Running<'_> {
     fn run(&mut self, batch: Batch<'_>) -> Result<Outcome, Error> {
         let begin = Instant::now();
+        self.rehearse()?;
         // Before: pages of an execution are waited for until it ends.
         if let Some(twins) = &mut self.twins {
             twins.read()?;
