@@ -22,7 +22,7 @@ use crate::{
     },
     migration::{Progress, Request, Target},
     service::{Page, Policy, Service, WINDOW_BYTES},
-    sys::node,
+    sys::{mapping::fault_in_user, node},
     units,
 };
 use kernel::{
@@ -372,21 +372,31 @@ impl Call<'_> {
 
     /// The same, without a buffer between, as long as that can be done. Returns how far it came.
     fn copy_out_at_once(&self, at: usize, end: usize, user: usize) -> Result<usize> {
-        let mut done = 0;
+        // So much of the user's memory is faulted in at a time, where it is not there.
+        const PIECE: usize = 16 * PAGE_BYTES;
+
+        let (mut done, mut faulted_in) = (0, false);
         while at + done < end {
             if current!().signal_pending() {
                 return Err(EINTR);
             }
-            let map = self.gate().enter()?;
-            let read = self
-                .seat
-                .mirror
-                .read_to_user(&map, at + done, end, user + done)?;
-            if read == 0 {
+            let read = {
+                let map = self.gate().enter()?;
+                let mirror = self.seat.mirror;
+                let read = mirror.read_to_user(&map, at + done, end, user + done)?;
+                map.data().counters.device_read.add(read);
+                read
+            };
+            done += read;
+            if read > 0 {
+                faulted_in = false;
+                continue;
+            }
+            let piece = PIECE.min(end - at - done);
+            if faulted_in || !fault_in_user(user + done, piece) {
                 break;
             }
-            map.data().counters.device_read.add(read);
-            done += read;
+            faulted_in = true;
         }
         Ok(done)
     }

@@ -451,11 +451,7 @@ impl<'a, T: Ops> Collected<'a, T> {
         state.pages();
         let moved = Moved { state };
         if moved.state.may_be_of_device() {
-            for i in 0..moved.state.pages {
-                if let Some(Source::Device { map, index, .. }) = moved.moved(i) {
-                    map.set_moved(index);
-                }
-            }
+            moved.mark();
         }
         moved
     }
@@ -492,6 +488,28 @@ impl<T: Ops> Moved<'_, T> {
             return None;
         }
         self.state.source(i)
+    }
+
+    /// Tells the page maps of what has moved from a device.
+    fn mark(&self) {
+        let mut last: Option<&PageMap<T>> = None;
+        let entries = self.state.entries.src.iter().zip(self.state.entries.dst.iter());
+        for (i, (source, destination)) in entries.enumerate().take(self.state.pages) {
+            if source & MIGRATE == 0 || destination & VALID == 0 {
+                continue;
+            }
+            // Most are of one device, and what is known of that need not be asked again.
+            let known = last.zip(pfn_of(*source));
+            match known.and_then(|(map, pfn)| Some((map, map.index_of(pfn)?))) {
+                Some((map, index)) => map.set_moved(index),
+                None => {
+                    if let Some(Source::Device { map, index, .. }) = self.state.source(i) {
+                        map.set_moved(index);
+                        last = Some(map);
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -52,6 +52,7 @@ void hmm_gpu_clear_page(void *to);
 void hmm_gpu_wmb(void);
 void hmm_gpu_copy(void *to, const void *from, size_t len);
 int hmm_gpu_copy_mc(void *to, const void *from, size_t len);
+bool hmm_gpu_fault_in_user(unsigned long addr, size_t len);
 bool hmm_gpu_copy_to_user_nofault(unsigned long to, const void *from, size_t len);
 void hmm_gpu_mark_dirty(unsigned long pfn);
 enum hmm_gpu_reach { HMM_GPU_SECRET, HMM_GPU_READABLE, HMM_GPU_DEVICE };

@@ -128,6 +128,12 @@ int hmm_gpu_copy_mc(void *to, const void *from, size_t len)
 	return copy_mc_to_kernel(to, from, len) ? -EHWPOISON : 0;
 }
 
+bool hmm_gpu_fault_in_user(unsigned long addr, size_t len)
+{
+	/* Not fault_in_writeable, which writes: a process may have its memory be read to itself. */
+	return !fault_in_safe_writeable((char __user *)addr, len);
+}
+
 bool hmm_gpu_copy_to_user_nofault(unsigned long to, const void *from, size_t len)
 {
 	return !copy_to_user_nofault((void __user *)to, from, len);

@@ -31,6 +31,14 @@ impl Written {
     }
 }
 
+/// Has the user's memory at `addr` be there to be written to, as it was a moment ago at the latest.
+///
+/// Waits for user space, in a fault: nothing may be locked or lent.
+pub(crate) fn fault_in_user(addr: usize, len: usize) -> bool {
+    // SAFETY: Fine to call for any address, where sleeping is.
+    unsafe { bindings::hmm_gpu_fault_in_user(addr, len) }
+}
+
 /// An atomic operation on a word.
 pub(crate) struct Atomic {
     pub(crate) op: AtomicOp,

@@ -1,11 +1,14 @@
 //! The same work through the test interface of HMM (the kernel's `lib/test_hmm_uapi.h`), by turns on nodes of two drivers that speak
 //! it: how long a page takes to the device, back, and back because the CPU touches it, and what a look at it costs.
 //!
-//! `hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE [NAME=NODE]`. In each round every size and page size is
+//! `hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE[,OWN] [NAME=NODE[,OWN]]`. In each round every size and page size is
 //! done once on each node, in memory of its own, and the order of the nodes changes from round to round; only one of them is open at a
 //! time. The first round does not count. Each number is the middle one of all rounds in ns per 4 KiB page, with the middle half of them behind it. A ratio is
 //! made in each round of the two times in it. Every byte is compared after every turn. A turn in which a page would not move is made
 //! again, and told of.
+//!
+//! That interface has what is on the device read back to the caller with each move to it. What a move takes without that (`bare`) is, of a driver
+//! that has a node of its own (`OWN`, hmm-gpu's), the same by that node's call; of another, what it took less what a call that only reads (`read`) does.
 //!
 //! On a machine whose clock counts instructions (`bench/vm/run --icount`), `--instructions` says so: each number is instructions then,
 //! of which a copy takes few for the time it takes on hardware.
@@ -14,10 +17,11 @@
 
 use std::error::Error;
 use std::hint::black_box;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use hmm_gpu::{Device, Target};
 use rustix::io::Errno;
 
 use crate::memory::{Memory, Pages, HUGE_PAGE, PAGE};
@@ -37,7 +41,14 @@ const LARGEST: usize = 1 << 30;
 /// Rounds that count, if the command line does not say.
 const ROUNDS: usize = 9;
 /// What is timed.
-const OPERATIONS: [&str; 4] = ["to device", "snapshot", "to system", "CPU touch"];
+const OPERATIONS: [&str; 6] = [
+    "to device",
+    "read",
+    "bare",
+    "snapshot",
+    "to system",
+    "CPU touch",
+];
 
 /// How often a turn is made at most.
 const TRIES: usize = 5;
@@ -71,11 +82,11 @@ fn run() -> Result<(), Box<dyn Error>> {
         "{:>8}  {:<7}{unit:<11}{:>18}",
         "size", "pages", "plain copy"
     );
-    for (name, _) in &nodes {
+    for Named { name, .. } in &nodes {
         print!("{name:>24}");
     }
-    if let [(first, _), (second, _)] = nodes.as_slice() {
-        print!("{:>24}", format!("{second} / {first}"));
+    if let [first, second] = nodes.as_slice() {
+        print!("{:>24}", format!("{} / {}", second.name, first.name));
     }
     println!();
     for size in sizes {
@@ -90,8 +101,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// A name and the node that has it.
-type Named = (String, PathBuf);
+/// A node, and what it is called.
+#[derive(Debug, PartialEq, Eq)]
+struct Named {
+    name: String,
+    node: PathBuf,
+    /// The driver's own node of the same device, if it has one.
+    own: Option<PathBuf>,
+}
 
 /// What the command line says.
 struct Arguments {
@@ -117,7 +134,15 @@ fn arguments(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, B
         } else if argument == "--instructions" {
             instructions = true;
         } else if let Some((name, path)) = argument.split_once('=') {
-            nodes.push((name.to_owned(), PathBuf::from(path)));
+            let (node, own) = match path.split_once(',') {
+                Some((node, own)) => (node, Some(own)),
+                None => (path, None),
+            };
+            nodes.push(Named {
+                name: name.to_owned(),
+                node: node.into(),
+                own: own.map(PathBuf::from),
+            });
         } else {
             return Err(format!("{argument} is not NAME=NODE").into());
         }
@@ -125,7 +150,7 @@ fn arguments(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, B
     let whole = |size: &usize| *size != 0 && size % PAGE == 0 && *size <= LARGEST;
     if rounds == 0 || !(1..=2).contains(&nodes.len()) || !sizes.iter().all(whole) {
         return Err(
-            "usage: hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE [NAME=NODE]"
+            "usage: hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE[,OWN] [NAME=NODE[,OWN]]"
                 .into(),
         );
     }
@@ -163,9 +188,9 @@ fn measure(
         let mut turns: Vec<usize> = (0..nodes.len()).collect();
         turns.rotate_left(round % nodes.len());
         for turn in turns {
-            let (name, path) = &nodes[turn];
-            let times = turn_of(path, size, pages)
-                .map_err(|error| format!("{name}, {} KiB: {error}", size >> 10))?;
+            let node = &nodes[turn];
+            let times = turn_of(node, size, pages)
+                .map_err(|error| format!("{}, {} KiB: {error}", node.name, size >> 10))?;
             if round > 0 {
                 measured.times[turn].push(times);
             }
@@ -178,24 +203,34 @@ fn measure(
 }
 
 /// One turn of a node, made again where not all of it moved.
-fn turn_of(path: &Path, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>> {
+fn turn_of(named: &Named, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>> {
     for _ in 1..TRIES {
-        match times(&Node::open(path)?, size, pages) {
+        match turn(named, size, pages) {
             Err(error) if error.downcast_ref() == Some(&Errno::NOENT) => {
                 eprintln!(
                     "{}: not all of {} KiB moved; once more",
-                    path.display(),
+                    named.node.display(),
                     size >> 10
                 );
             }
             other => return other,
         }
     }
-    times(&Node::open(path)?, size, pages)
+    turn(named, size, pages)
 }
 
-/// One turn: new memory goes to the device and back, twice.
-fn times(node: &Node, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>> {
+fn turn(named: &Named, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>> {
+    let own = named.own.as_ref().map(Device::open_path).transpose()?;
+    times(&Node::open(&named.node)?, own.as_ref(), size, pages)
+}
+
+/// One turn: new memory goes to the device and back, twice, and once more by a call of the driver's own, if it has that.
+fn times(
+    node: &Node,
+    own: Option<&Device>,
+    size: usize,
+    pages: Pages,
+) -> Result<Times, Box<dyn Error>> {
     let memory = filled(size, pages)?;
     let mut seen = vec![0; size / PAGE];
     let mut copy = vec![0; size];
@@ -211,10 +246,27 @@ fn times(node: &Node, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>
     if let Some(page) = seen.iter().position(|page| page & KIND != LOCAL) {
         return Err(format!("page {page} is not on the device: {:#x}", seen[page]).into());
     }
+    let read = time(size, || node.read(&memory, &mut copy))?;
     let to_system = time(size, || node.migrate_to_system(&memory))?;
     compare(&memory)?;
 
-    node.migrate_to_device(&memory, &mut copy)?;
+    let mut own_call = None;
+    if let Some(device) = own {
+        let taken = time(size, || {
+            match device.prefetch(memory.bytes(), Target::Device) {
+                Ok(moved) if moved.moved != size as u64 => Err(Errno::NOENT),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.errno().unwrap_or(Errno::IO)),
+            }
+        })?;
+        own_call = Some(taken);
+        node.migrate_to_system(&memory)?;
+        compare(&memory)?;
+    }
+
+    // The buffer has its pages by now: what is left when the reading is taken off does not hold its faults.
+    let again = time(size, || node.migrate_to_device(&memory, &mut copy))?;
+    let bare = own_call.unwrap_or(again - read);
     let touch = time(size, || {
         for byte in memory.bytes().iter().step_by(PAGE) {
             black_box(*byte);
@@ -225,7 +277,7 @@ fn times(node: &Node, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>
     if copy != memory.bytes() {
         return Err("what the driver read is not what is there".into());
     }
-    Ok([to_device, snapshot, to_system, touch])
+    Ok([to_device, read, bare, snapshot, to_system, touch])
 }
 
 /// A plain copy of as many bytes, from and to pages that are there. It goes to another place in a huge page than where it is from:
@@ -308,8 +360,10 @@ mod tests {
 
     #[test]
     fn one_or_two_nodes_are_named() {
-        let two = parsed("a=/dev/x --rounds 3 b=/dev/y").unwrap();
-        assert_eq!(two.nodes[1], ("b".to_owned(), PathBuf::from("/dev/y")));
+        let two = parsed("a=/dev/x --rounds 3 b=/dev/y,/dev/z").unwrap();
+        assert_eq!((&*two.nodes[1].name, &two.nodes[0].own), ("b", &None));
+        assert_eq!(two.nodes[1].node, PathBuf::from("/dev/y"));
+        assert_eq!(two.nodes[1].own, Some(PathBuf::from("/dev/z")));
         assert_eq!((two.nodes.len(), two.rounds), (2, 3));
         assert_eq!((two.sizes, two.instructions), (SIZES.to_vec(), false));
         let one = parsed("a=/dev/x --size 4 --size 2048 --instructions").unwrap();

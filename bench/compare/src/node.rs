@@ -25,6 +25,7 @@ struct Command {
     faults: u64,
 }
 
+const READ: Opcode = opcode::read_write::<Command>(b'H', 0);
 const MIGRATE_TO_DEV: Opcode = opcode::read_write::<Command>(b'H', 2);
 const MIGRATE_TO_SYS: Opcode = opcode::read_write::<Command>(b'H', 3);
 const SNAPSHOT: Opcode = opcode::read_write::<Command>(b'H', 4);
@@ -49,6 +50,12 @@ impl Node {
     pub(crate) fn migrate_to_device(&self, memory: &Memory, copy: &mut [u8]) -> Result<(), Errno> {
         assert_eq!(copy.len(), memory.bytes().len());
         all(memory, self.call::<MIGRATE_TO_DEV>(memory, copy)?)
+    }
+
+    /// Has the device read all of `memory` to `copy`, which is as long.
+    pub(crate) fn read(&self, memory: &Memory, copy: &mut [u8]) -> Result<(), Errno> {
+        assert_eq!(copy.len(), memory.bytes().len());
+        all(memory, self.call::<READ>(memory, copy)?)
     }
 
     /// Moves all of `memory` to system memory.

@@ -9,6 +9,7 @@ mod access;
 mod advised;
 mod around;
 mod atomic;
+mod conditions;
 mod content;
 mod debug_injection;
 mod dma_buf;

@@ -206,6 +206,8 @@ unsafe impl Backend for Driver {
     }
 
     fn begin(&mut self) -> Result<(), Error> {
+        // Once it has begun no room is made: the root of the table must be there, if the pool is full of pages.
+        self.device.mirror()?;
         let begun = self.execute(hmm_gpu_execute {
             op: uapi::HMM_GPU_EXECUTE_BEGIN,
             deadline_ms: self.deadline_ms,
