@@ -409,10 +409,14 @@ fn every_kernel_is_right_with_every_strategy_under_every_condition() {
     let other = Device::open(1).unwrap();
     other.create_pool(2 * MIB).unwrap();
     for (number, strategy) in Strategy::ALL.into_iter().enumerate() {
+        // Of the others the driver sees no more than the CPU's touches.
+        if is_checking() && ![Strategy::Translated, Strategy::Native].contains(&strategy) {
+            continue;
+        }
         let way = Way::new(strategy);
         for (place, condition) in CONDITIONS.into_iter().enumerate() {
             for (at, kernel) in FIRST.into_iter().enumerate() {
-                // On the checking kernel each with each strategy once, and under each condition once.
+                // On the checking kernel each with a strategy once.
                 if !is_checking() || (at + number) % CONDITIONS.len() == place {
                     way.run(kernel, condition, &other);
                 }
