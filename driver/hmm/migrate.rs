@@ -493,8 +493,9 @@ impl<T: Ops> Moved<'_, T> {
     /// Tells the page maps of what has moved from a device.
     fn mark(&self) {
         let mut last: Option<&PageMap<T>> = None;
-        let entries = self.state.entries.src.iter().zip(self.state.entries.dst.iter());
-        for (i, (source, destination)) in entries.enumerate().take(self.state.pages) {
+        let entries = &self.state.entries;
+        let each = entries.src.iter().zip(entries.dst.iter());
+        for (i, (source, destination)) in each.enumerate().take(self.state.pages) {
             if source & MIGRATE == 0 || destination & VALID == 0 {
                 continue;
             }
