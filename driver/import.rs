@@ -25,7 +25,7 @@ use kernel::{
     faux, impl_has_work, new_mutex, new_work,
     prelude::*,
     sync::{
-        atomic::{Acquire, Atomic, Full, Relaxed},
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, Mutex,
     },
     workqueue::{system_long, Work, WorkItem},
@@ -115,6 +115,8 @@ pub(crate) struct Imported {
     /// None once it goes.
     #[pin]
     parts: Mutex<Option<Parts>>,
+    /// Nothing of it is left.
+    gone: Atomic<bool>,
     #[pin]
     work: Work<Self>,
 }
@@ -147,6 +149,7 @@ impl Imported {
                 gate,
                 unit: number,
                 parts <- new_mutex!(Some(parts)),
+                gone: Atomic::new(false),
                 work <- new_work!(),
             }),
             GFP_KERNEL,
@@ -157,7 +160,10 @@ impl Imported {
     fn take_down(&self) {
         let parts = self.parts.lock().take();
         // Not under the lock: it takes long.
-        drop(parts);
+        if let Some(parts) = parts {
+            drop(parts);
+            self.gone.store(true, Release);
+        }
     }
 }
 
@@ -185,24 +191,16 @@ impl Imports {
         })
     }
 
-    fn add(&self, import: Arc<Imported>) -> Result {
-        // Room for all that there can be, in all.
-        // CAST: A small number.
-        let mut gone = KVec::with_capacity(HMM_GPU_MAX_IMPORTS as usize + 1, GFP_KERNEL)?;
-        {
-            let mut all = self.all.lock();
-            let all = (*all).as_mut().ok_or(ENODEV)?;
-            // CAST: A small number.
-            all.reserve(HMM_GPU_MAX_IMPORTS as usize + 1, GFP_KERNEL)?;
-            all.push(import, GFP_KERNEL)?;
-            all.retain(|it| {
-                let is_there = it.parts.lock().is_some();
-                is_there || gone.push(it.clone(), GFP_KERNEL).is_err()
-            });
-        }
-        // Not under the lock: what they do has locks like it.
-        gone.iter().for_each(work::flush);
-        Ok(())
+    /// Adds one. Returns those that have gone by now, whose work is to be waited for, which is not long: but by nobody who has locks, or has
+    /// been lent a device, as that work has locks like these.
+    fn add(&self, import: Arc<Imported>) -> Result<KVec<Arc<Imported>>> {
+        let mut gone = KVec::new();
+        let mut all = self.all.lock();
+        let all = (*all).as_mut().ok_or(ENODEV)?;
+        all.push(import, GFP_KERNEL)?;
+        // What cannot be told of stays.
+        all.retain(|it| !it.gone.load(Acquire) || gone.push(it.clone(), GFP_KERNEL).is_err());
+        Ok(gone)
     }
 
     /// All of them go, and there will be no more.
@@ -232,7 +230,8 @@ impl Held {
         }
         // The gate is open to others meanwhile: an exporter may take its time.
         let import = Imported::new(dma_buf, bytes)?;
-        gate.enter()?.data().imports.add(import.clone())?;
+        let gone = gate.enter()?.data().imports.add(import.clone())?;
+        gone.iter().for_each(work::flush);
         Ok(Self(import))
     }
 
