@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::sync::Once;
 
 use super::kernel::{self, Entry};
 use super::memory::{last_errno, Area, HUGE};
@@ -43,11 +44,33 @@ fn large_pieces() -> usize {
     zones.map(pieces).sum()
 }
 
+/// Has the program, and what it is linked with, be in memory to stay: what comes next in it may be on a page that is not there, and for which
+/// there is no memory then.
+fn keep_program() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let number = |text| usize::from_str_radix(text, 16).unwrap();
+        for line in maps.lines() {
+            let mut fields = line.split_whitespace();
+            let (start, end) = fields.next().unwrap().split_once('-').unwrap();
+            let (start, end) = (number(start), number(end));
+            let is_text = fields.next().is_some_and(|access| access.starts_with("r-"));
+            if is_text && line.contains(" /") {
+                // SAFETY: it changes nothing of what is mapped.
+                let kept = unsafe { libc::mlock(start as *const _, end - start) };
+                assert_eq!(kept, 0, "{line}: {}", last_errno());
+            }
+        }
+    });
+}
+
 /// This thread, and those that it makes, get memory from the node, and from no other, until it is dropped.
 pub struct Bound;
 
 impl Bound {
     pub fn to_node() -> Self {
+        keep_program();
         Self::policy(libc::MPOL_BIND, &raw const NODE_MASK, 64);
         Self
     }
