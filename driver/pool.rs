@@ -163,6 +163,8 @@ impl DeviceMemory {
                     continue;
                 }
                 self.alloc.take_back(block, |page| {
+                    // Of a pool that came to nothing, some pages were not written to yet.
+                    self.no_longer_free(page, 0);
                     // Inside, so it cannot fail.
                     let _ = self.vram.zero(page * PAGE_BYTES, PAGE_BYTES);
                 });

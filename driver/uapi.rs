@@ -710,7 +710,8 @@ pub struct hmm_gpu_advise {
 ///
 /// Errors: `EINVAL` (zero bytes or not a multiple of 2 MiB, flag or reserved field not zero), `EEXIST` (the file has a pool), `EBUSY` (the file
 /// has taken VRAM already, or its pool is being made), `ENOSPC` (more than the module parameter `pool_share` lets private pools have together, more than 64
-/// pools, or no blocks in a row could be emptied), `EOPNOTSUPP` (device-coherent memory), `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`.
+/// pools, or no blocks in a row could be emptied), `EOPNOTSUPP` (device-coherent memory), `ENOMEM`, `EINTR`, `ENODEV`, `EPERM`; and `EFAULT` where the
+/// answer cannot be written: then the file has its pool all the same.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(MODULE), derive(bytemuck::Pod, bytemuck::Zeroable))]

@@ -1007,8 +1007,8 @@ impl Caller<'_> {
             assert!(refused, "{}", what());
         }
         self.counts[made.known][usize::from(answer.is_err())] += 1;
-        if self.who == Who::Private && answer.is_ok() {
-            self.private.went(made.known);
+        if self.who == Who::Private {
+            self.private.asked(made.known, answer);
         }
         // What the answer says is looked at where nobody else has written.
         let room: &[u8] = bytemuck::cast_slice(&self.room);

@@ -3,15 +3,17 @@
 //! Runs in the virtual GPU host: `bench/test guest_pool`.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
 
 use crate::common::child::Child;
 use crate::common::driver::{counters, on_each_kind, Driver};
 use crate::common::memory::{errno, last_errno, Area, HUGE, PAGE};
 use crate::common::mirror::{
-    device_check, device_fill_by, fault_all, read, table, MAP, MIGRATE, NONE, READ,
+    call, device_check, device_fill_by, fault_all, read, table, MAP, MIGRATE, NONE, READ,
 };
 use crate::common::shader::{bring_in, Shader};
 use crate::common::{assert_place, eventually, moved, places, refused, to_device, to_system};
+use hmm_gpu::uapi::{self, hmm_gpu_pool};
 use hmm_gpu::{Device, Errno, Place, Pool, TableEntry, Target};
 
 const MIB: usize = 1 << 20;
@@ -245,6 +247,81 @@ fn a_pool_is_made_once_and_within_its_share() {
     to_device(&shared, *area);
     area.check(8);
     drop((area, pool, client, shared));
+    driver.finish();
+}
+
+extern "C" fn on_alarm(_: libc::c_int) {}
+
+/// Interrupts what this process waits in, in so long, or not at all.
+fn interrupt_in(time: Duration) {
+    let timer = libc::itimerval {
+        it_interval: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 0,
+        },
+        it_value: libc::timeval {
+            tv_sec: time.as_secs() as libc::time_t,
+            tv_usec: time.subsec_micros() as libc::suseconds_t,
+        },
+    };
+    // SAFETY: it has everything that the call reads.
+    let set = unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+    errno(set).unwrap();
+}
+
+/// Catches VRAM of a pool that came to nothing which is lost, or not as free VRAM is (the checking kernel tells when it is taken again).
+#[test]
+fn a_pool_that_is_interrupted_comes_to_nothing() {
+    const POOL: usize = 56 * MIB;
+    const PARTS: u32 = 8;
+
+    let driver = Driver::load("soft=1 soft_mib=64 pool_share=100");
+    // Which has one thread: that gets the signal.
+    let child = Child::fork(|_| {
+        let device = Device::open(0).unwrap();
+        let area = Area::filled(60 * MIB / PAGE, 1);
+        let use_all = || {
+            eventually("the pool is given back", || {
+                counters(&device).private_pages == 0
+            });
+            to_device(&device, *area);
+            to_system(&device, *area);
+            area.check(1);
+        };
+        use_all();
+        let handler: extern "C" fn(libc::c_int) = on_alarm;
+        // SAFETY: zeroes are an empty set, and no flags: calls are not begun again.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = handler as libc::sighandler_t;
+        // SAFETY: the handler does nothing.
+        let done =
+            unsafe { libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut()) };
+        errno(done).unwrap();
+        let began = Instant::now();
+        drop(another(&device).create_pool(POOL).unwrap());
+        let whole = began.elapsed();
+        use_all();
+        let mut interrupted = 0;
+        for part in 1..PARTS {
+            let client = another(&device);
+            interrupt_in((whole * part / PARTS).max(Duration::from_micros(1)));
+            let mut pool = hmm_gpu_pool {
+                bytes: POOL as u64,
+                ..Default::default()
+            };
+            // The library would make the call again.
+            let made = call(&client, uapi::HMM_GPU_POOL, &mut pool);
+            interrupt_in(Duration::ZERO);
+            drop(client);
+            if made.is_err() {
+                assert_eq!(made, Err(Errno::INTR));
+                interrupted += 1;
+            }
+            use_all();
+        }
+        assert!(interrupted > 0, "of {PARTS} none, in {whole:?}");
+    });
+    child.finish();
     driver.finish();
 }
 

@@ -50,9 +50,9 @@ impl Private {
         }
     }
 
-    /// A call went well that may have been the one.
-    pub(super) fn went(&mut self, known: usize) {
-        self.has_pool |= known == POOL;
+    /// A call was made that may have been the one: also if its answer could not be written.
+    pub(super) fn asked(&mut self, known: usize, answer: Result<(), Errno>) {
+        self.has_pool |= known == POOL && matches!(answer, Ok(()) | Err(Errno::FAULT));
     }
 }
 
