@@ -20,14 +20,19 @@ const PAGE_SHIFT: u32 = 12;
 /// Entries of a node.
 pub(crate) const FANOUT: usize = 1 << HMM_GPU_PTE_LEVEL_BITS;
 
-/// Bytes of address space that an entry at `level` stands for.
+/// log2 of the bytes of address space that an entry at `level`, of which there are few, stands for.
+const fn shift(level: u32) -> u32 {
+    PAGE_SHIFT.wrapping_add(HMM_GPU_PTE_LEVEL_BITS.wrapping_mul(level))
+}
+
+/// Those bytes.
 const fn span(level: u32) -> usize {
-    1 << (PAGE_SHIFT + HMM_GPU_PTE_LEVEL_BITS * level)
+    1 << shift(level)
 }
 
 /// The number of the entry for `addr` in a node at `level`.
 const fn slot(level: u32, addr: usize) -> usize {
-    addr / span(level) % FANOUT
+    addr.wrapping_shr(shift(level)) % FANOUT
 }
 
 /// How many levels a table for addresses below `end` has.
@@ -91,6 +96,20 @@ impl<H: Home> Node<H> {
             },
             flags,
         )?)
+    }
+
+    /// Where the word of an entry is in the device's memory.
+    fn place(&self, slot: usize) -> u64 {
+        // CAST: Widens.
+        self.home.offset() + (slot * size_of::<u64>()) as u64
+    }
+
+    /// The entry of the page at `addr`, which is in this leaf.
+    fn entry(&self, addr: usize) -> u64 {
+        match &self.body {
+            Body::Leaf(entries) => entries.get(slot(0, addr)).copied().unwrap_or(0),
+            Body::Inner(_) => 0,
+        }
     }
 
     fn child(&self, slot: usize) -> Option<&Node<H>> {
@@ -306,7 +325,7 @@ impl<H: Home> Tree<H> {
 
     /// Whether the tree has a place for the page at `addr`.
     fn covers(&self, addr: usize) -> bool {
-        addr / span(self.levels - 1) < FANOUT
+        addr.wrapping_shr(shift(self.levels - 1)) < FANOUT
     }
 
     /// How many nodes are missing on the way to the entry of the page at `addr`: those of the
@@ -382,10 +401,7 @@ impl<H: Home> Tree<H> {
 
     /// The entry of the page at `addr`; zero if it is not set.
     pub(crate) fn get(&self, addr: usize) -> u64 {
-        match self.leaf(addr).map(|leaf| &leaf.body) {
-            Some(Body::Leaf(entries)) => entries.get(slot(0, addr)).copied().unwrap_or(0),
-            _ => 0,
-        }
+        self.leaf(addr).map_or(0, |leaf| leaf.entry(addr))
     }
 
     /// Sets the entry of the page at `addr`, neither word being zero. Fails with `EINVAL` if a node
@@ -412,29 +428,29 @@ impl<H: Home> Tree<H> {
 
     /// Marks the entry of the page at `addr` as requested, for the device, if there is a place for
     /// it and it is not set.
+    #[cfg_attr(MODULE, allow(dead_code))]
     pub(crate) fn request(&self, addr: usize, store: &H::Store) {
-        if let Some(leaf) = self.leaf(addr).filter(|_| self.get(addr) == 0) {
-            leaf.home.write(store, slot(0, addr), HMM_GPU_PTE_REQUESTED);
+        if let Some(node) = self.leaf(addr) {
+            Leaf { node }.request(addr, store);
         }
     }
 
-    /// Walks the device's copy as a device does, as far as it is what this one says: where it leads elsewhere, that fails with
-    /// `EIO`. `read` is given offsets of nodes of this tree only.
+    /// Walks the device's copy as a device does, down to the leaf that the page at `addr` is in, if there is one: as far as it is what
+    /// this one says. Where it leads elsewhere, that fails with `EIO`. `read` is given offsets of nodes of this tree only.
     pub(crate) fn walk(
         &self,
         addr: usize,
         mut read: impl FnMut(u64) -> Result<u64>,
-    ) -> Result<Walked> {
+    ) -> Result<Option<Leaf<'_, H>>> {
         let mut level = self.levels;
         let mut next = self.root.as_deref().filter(|_| self.covers(addr));
         while let Some(node) = next {
             level -= 1;
-            let slot = slot(level, addr);
-            // CAST: Widens.
-            let word = read(node.home.offset() + (slot * size_of::<u64>()) as u64)?;
             if level == 0 {
-                return Ok(Walked::Entry(word));
+                return Ok(Some(Leaf { node }));
             }
+            let slot = slot(level, addr);
+            let word = read(node.place(slot))?;
             next = node.child(slot);
             let expected = next.map(|child| child.home.offset() | HMM_GPU_PTE_VALID);
             let found = (word & HMM_GPU_PTE_VALID != 0).then_some(word);
@@ -442,7 +458,7 @@ impl<H: Home> Tree<H> {
                 return Err(EIO);
             }
         }
-        Ok(Walked::NoNode)
+        Ok(None)
     }
 
     /// Whether an entry of the pages in `[start, end)` is set.
@@ -508,10 +524,17 @@ impl<H: Home> Tree<H> {
     ) -> usize {
         let top = self.levels - 1;
         let end = end.min(span(top).saturating_mul(FANOUT));
-        let Some(root) = self.root.as_deref_mut().filter(|_| start < end) else {
+        if start >= end {
             return 0;
+        }
+        // Of one leaf, as most are: the nodes above it do not change.
+        let of_one = retired.is_none() && start / span(1) == (end - 1) / span(1);
+        let (node, level) = if of_one {
+            (self.window(start).map(|window| window.leaf), 0)
+        } else {
+            (self.root.as_deref_mut(), top)
         };
-        let cleared = root.clear(top, start, end, store, retired);
+        let cleared = node.map_or(0, |node| node.clear(level, start, end, store, retired));
         self.entries -= cleared;
         cleared
     }
@@ -527,10 +550,7 @@ pub(crate) struct Window<'a, H: Home> {
 impl<H: Home> Window<'_, H> {
     /// See [`Tree::get`].
     pub(crate) fn get(&self, addr: usize) -> u64 {
-        match &self.leaf.body {
-            Body::Leaf(entries) => entries.get(slot(0, addr)).copied().unwrap_or(0),
-            Body::Inner(_) => 0,
-        }
+        self.leaf.entry(addr)
     }
 
     /// See [`Tree::set`].
@@ -551,7 +571,33 @@ impl<H: Home> Window<'_, H> {
     }
 }
 
+/// Where a device has come to in a table: the entries of 2 MiB. Only the last bits of an address count.
+pub(crate) struct Leaf<'a, H: Home> {
+    node: &'a Node<H>,
+}
+
+impl<H: Home> Leaf<'_, H> {
+    /// Where the device's word for the page at `addr` is, in its memory.
+    pub(crate) fn place(&self, addr: usize) -> u64 {
+        self.node.place(slot(0, addr))
+    }
+
+    /// See [`Tree::get`].
+    pub(crate) fn get(&self, addr: usize) -> u64 {
+        self.node.entry(addr)
+    }
+
+    /// See [`Tree::request`].
+    pub(crate) fn request(&self, addr: usize, store: &H::Store) {
+        if self.get(addr) == 0 {
+            let word = HMM_GPU_PTE_REQUESTED;
+            self.node.home.write(store, slot(0, addr), word);
+        }
+    }
+}
+
 /// What a device finds that walks a table.
+#[cfg_attr(MODULE, allow(dead_code))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Walked {
     /// A node is missing on the way.

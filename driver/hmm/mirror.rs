@@ -270,12 +270,11 @@ impl<T: Table> Mirror<T> {
                 ),
             )
         };
-        // SAFETY: The range is valid for the call, and so is its address space.
-        let (event, writer) = unsafe {
-            let writer = blockable && bindings::hmm_gpu_holds_mmap_lock((*range).mm);
-            ((*range).event, writer)
-        };
-        if let Some(own) = this.own.as_ref().filter(|own| writer && own.is_busy()) {
+        // SAFETY: The range is valid for the call.
+        let event = unsafe { (*range).event };
+        // SAFETY: The same goes for its address space.
+        let writer = || blockable && unsafe { bindings::hmm_gpu_holds_mmap_lock((*range).mm) };
+        if let Some(own) = this.own.as_ref().filter(|own| own.is_busy() && writer()) {
             if this.has_to_settle(event, start, end) {
                 own.settle();
             }

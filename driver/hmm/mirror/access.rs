@@ -12,7 +12,7 @@ use crate::{
         vma::{user_end, ReadLocked},
         PAGE_BYTES,
     },
-    radix::Walked,
+    radix::{Leaf, FANOUT},
     sys::{
         bindings,
         mapping::{Atomic, Written},
@@ -182,14 +182,24 @@ impl<T: Table> Mirror<T> {
         // Under the lock at a time.
         const PAGES: usize = 16;
 
+        // What one leaf has entries for.
+        const WINDOW: usize = PAGE_BYTES * FANOUT;
+
         let state = self.lock(map)?;
+        let mut leaf = None;
         for done in (0..PAGES * PAGE_BYTES).step_by(PAGE_BYTES) {
             let at = addr.saturating_add(done);
             if at >= end || end - at < PAGE_BYTES {
                 return Ok(done);
             }
+            if done == 0 || at % WINDOW < PAGE_BYTES {
+                leaf = walk(&state, map, at)?;
+            }
+            let Some(leaf) = &leaf else {
+                return Ok(done);
+            };
             let mut read = false;
-            let found = self.access_locked(&state, map, at, PAGE_BYTES, Need::Read, |page| {
+            let found = self.access_at(leaf, map, at, PAGE_BYTES, Need::Read, |page| {
                 if let Page::Device { offset } = page {
                     let store = map.data().store();
                     read = store.read_to_user(offset, user.saturating_add(done), PAGE_BYTES)?;
@@ -242,12 +252,16 @@ impl<T: Table> Mirror<T> {
         then: impl FnOnce(Page) -> Result,
     ) -> Result<core::result::Result<(), Miss>> {
         let state = self.lock(map)?;
-        self.access_locked(&state, map, addr, len, need, then)
+        match walk(&state, map, addr)? {
+            Some(leaf) => self.access_at(&leaf, map, addr, len, need, then),
+            None => Ok(Err(Miss { word: 0 })),
+        }
     }
 
-    fn access_locked(
+    /// The same, from the leaf on that the device has come to.
+    fn access_at(
         &self,
-        state: &State<T>,
+        leaf: &Leaf<'_, T::Home>,
         map: &PageMap<T>,
         addr: usize,
         len: usize,
@@ -259,23 +273,14 @@ impl<T: Table> Mirror<T> {
             return Err(EINVAL);
         }
         let store = map.data().store();
-        if state.tree.root().is_none() {
-            return Ok(Err(Miss { word: 0 }));
-        }
-        let found = state
-            .tree
-            .walk(addr, |offset| store.read_u64(usize::try_from(offset)?))?;
-        let word = match found {
-            Walked::NoNode => 0,
-            Walked::Entry(word) => word,
-        };
+        let word = store.read_u64(usize::try_from(leaf.place(addr))?)?;
         // CAST: An entry is a word.
-        let entry = Seen(state.tree.get(addr) as usize);
+        let entry = Seen(leaf.get(addr) as usize);
         let Some(pfn) = entry.pfn() else {
             if word & HMM_GPU_PTE_VALID != 0 {
                 return Err(EIO);
             }
-            state.tree.request(addr, store);
+            leaf.request(addr, store);
             return Ok(Err(Miss { word }));
         };
         if word != self.word(map, entry) {
@@ -307,6 +312,18 @@ impl<T: Table> Mirror<T> {
         };
         then(page).map(Ok)
     }
+}
+
+/// Where the device comes to in its table, on the way to the page at `addr`.
+fn walk<'a, T: Table>(
+    state: &'a State<T>,
+    map: &PageMap<T>,
+    addr: usize,
+) -> Result<Option<Leaf<'a, T::Home>>> {
+    let store = map.data().store();
+    state
+        .tree
+        .walk(addr, |place| store.read_u64(usize::try_from(place)?))
 }
 
 /// What an access of the device needs.
