@@ -64,18 +64,68 @@ impl Block {
                     .map(|bit| i * WORD_BITS + bit)
             })
         }?;
-        self.set(start, run, true);
+        self.set(start, run);
         Some(start)
     }
 
-    /// Marks pages, of which none is marked so yet.
-    fn set(&mut self, start: usize, run: usize, used: bool) {
+    /// Takes such runs as long as there are any and `places` has room for them: the first page of each, counted from `first`, goes
+    /// there. Returns how many there were.
+    fn take_each(&mut self, order: u32, first: u32, places: &mut [u32]) -> usize {
+        if order == 0 {
+            return self.take_pages(first, places);
+        }
+        let mut got = 0;
+        for place in places {
+            let Some(page) = self.take(order) else {
+                break;
+            };
+            // CAST: Less than the pages of a block.
+            *place = first + page as u32;
+            got += 1;
+        }
+        got
+    }
+
+    /// The same of single pages, for which every word is looked at once.
+    fn take_pages(&mut self, first: u32, places: &mut [u32]) -> usize {
+        let mut got = 0;
+        for (i, word) in self.in_use.iter_mut().enumerate() {
+            while *word != u64::MAX {
+                let Some(place) = places.get_mut(got) else {
+                    self.count += got;
+                    return got;
+                };
+                let bit = word.trailing_ones();
+                *word |= 1 << bit;
+                // CAST: Less than the pages of a block.
+                *place = first + (i * WORD_BITS) as u32 + bit;
+                got += 1;
+            }
+        }
+        self.count += got;
+        got
+    }
+
+    /// Marks pages as used, of which none is yet.
+    fn set(&mut self, start: usize, run: usize) {
         for (i, mask) in masks(start, run) {
             if let Some(word) = self.in_use.get_mut(i) {
-                let before = word.count_ones();
-                *word = if used { *word | mask } else { *word & !mask };
                 // CAST: A number of bits.
-                self.count = self.count + word.count_ones() as usize - before as usize;
+                self.count += (!*word & mask).count_ones() as usize;
+                *word |= mask;
+            }
+        }
+    }
+
+    /// Ends that, and that they are nodes.
+    fn unset(&mut self, start: usize, run: usize) {
+        for (i, mask) in masks(start, run) {
+            if let Some((word, nodes)) = self.in_use.get_mut(i).zip(self.nodes.get_mut(i)) {
+                // CAST: A number of bits.
+                let used = (*word & mask).count_ones() as usize;
+                self.count = self.count.saturating_sub(used);
+                *word &= !mask;
+                *nodes &= !mask;
             }
         }
     }
@@ -96,20 +146,12 @@ impl Block {
         Some(page)
     }
 
-    /// What was taken for nodes is given back, whether or not it can be taken.
-    fn no_nodes(&mut self, start: usize, run: usize) {
-        for (i, mask) in masks(start, run) {
-            if let Some(word) = self.nodes.get_mut(i) {
-                *word &= !mask;
-            }
-        }
-    }
-
-    /// Has pages that are in use be taken by nobody when they are not any more.
+    /// Has pages that are in use be taken by nobody when they are not any more, nor be nodes.
     fn hold(&mut self, start: usize, run: usize) {
         for (i, mask) in masks(start, run) {
-            if let Some(word) = self.held.get_mut(i) {
-                *word |= mask;
+            if let Some((held, nodes)) = self.held.get_mut(i).zip(self.nodes.get_mut(i)) {
+                *held |= mask;
+                *nodes &= !mask;
             }
         }
     }
@@ -427,23 +469,19 @@ impl Blocks {
                 at -= 1;
                 continue;
             }
-            match block.take(order) {
-                Some(page) => {
-                    if let Some(entry) = indices.get_mut(got) {
-                        // CAST: Pages are counted in 32 bits, which is 16 TiB.
-                        *entry = index * BLOCK_PAGES as u32 + page as u32;
-                    }
-                    got += 1;
-                    self.used += 1 << order;
-                    pool.used += 1 << order;
+            let places = indices.get_mut(got..).unwrap_or_default();
+            // CAST: Pages are counted in 32 bits, which is 16 TiB.
+            let taken = block.take_each(order, index * BLOCK_PAGES as u32, places);
+            got += taken;
+            self.used += taken << order;
+            pool.used += taken << order;
+            // It has no more.
+            if got < indices.len() {
+                if block.count == BLOCK_PAGES {
+                    block.listed = false;
+                    remove(&mut pool.available, at - 1);
                 }
-                None => {
-                    if block.count == BLOCK_PAGES {
-                        block.listed = false;
-                        remove(&mut pool.available, at - 1);
-                    }
-                    at -= 1;
-                }
+                at -= 1;
             }
         }
         got
@@ -458,14 +496,13 @@ impl Blocks {
         let Some(pool) = self.pools.get_mut(usize::from(found.pool)) else {
             return;
         };
-        found.no_nodes(index % BLOCK_PAGES, pages);
         if pool.holds {
             found.hold(index % BLOCK_PAGES, pages);
             pool.held += pages;
             self.used -= pages.min(self.used);
             return;
         }
-        found.set(index % BLOCK_PAGES, pages, false);
+        found.unset(index % BLOCK_PAGES, pages);
         pool.used -= pages.min(pool.used);
         self.used -= pages.min(self.used);
         self.list(block);
