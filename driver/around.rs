@@ -50,28 +50,21 @@ impl Around {
             addr / PAGE_BYTES / BLOCK_PAGES,
             addr / PAGE_BYTES % BLOCK_PAGES,
         );
-        let last = match at {
-            0 => block
-                .checked_sub(1)
-                .and_then(|before| self.last(space, before, BLOCK_PAGES)),
-            _ => self.last(space, block, at),
+        let Some((stream, tag)) = self.stream(space, block) else {
+            return 1;
+        };
+        let last = if at == 0 {
+            let before = block.checked_sub(1);
+            let before = before.and_then(|before| self.stream(space, before));
+            before.and_then(|(stream, tag)| last(stream, tag, BLOCK_PAGES))
+        } else {
+            last(stream, tag, at)
         };
         let pages = last.map_or(1, |last| (2 * last).min(most));
         let next = (at + pages).min(BLOCK_PAGES);
-        if let Some((stream, tag)) = self.stream(space, block) {
-            // CAST: Widens.
-            stream.store(tag | (pages as u64) << PAGES_BITS | next as u64, Relaxed);
-        }
+        // CAST: Widens.
+        stream.store(tag | (pages as u64) << PAGES_BITS | next as u64, Relaxed);
         next - at
-    }
-
-    /// How many pages came last in a stream, if it goes on at page `at`.
-    fn last(&self, space: usize, block: usize, at: usize) -> Option<usize> {
-        let (stream, tag) = self.stream(space, block)?;
-        let word = stream.load(Relaxed);
-        // CAST: Widens, and ten bits.
-        (word & !(PAGES_MASK << PAGES_BITS) == tag | at as u64)
-            .then_some((word >> PAGES_BITS & PAGES_MASK) as usize)
     }
 
     /// Where the stream of a block is, and how its word begins.
@@ -84,4 +77,12 @@ impl Around {
         let stream = self.streams.get((hash >> 32) as usize % STREAMS)?;
         Some((stream, tag))
     }
+}
+
+/// How many pages came last in a stream, if it goes on at page `at`.
+fn last(stream: &Atomic<u64>, tag: u64, at: usize) -> Option<usize> {
+    let word = stream.load(Relaxed);
+    // CAST: Widens, and ten bits.
+    (word & !(PAGES_MASK << PAGES_BITS) == tag | at as u64)
+        .then_some((word >> PAGES_BITS & PAGES_MASK) as usize)
 }

@@ -278,9 +278,14 @@ impl Ledger {
 
     /// Adds `n` to a counter of the device, and to that of an account.
     pub(crate) fn add(&self, account: i16, which: impl Fn(&Counters) -> &Counter, n: usize) {
-        which(&self.device).add(n);
+        self.add_all(account, |counters| which(counters).add(n));
+    }
+
+    /// Has `add` add to counters of the device, and to those of an account.
+    pub(crate) fn add_all(&self, account: i16, add: impl Fn(&Counters)) {
+        add(&self.device);
         if let Some(client) = self.of(account) {
-            which(client).add(n);
+            add(client);
         }
     }
 }

@@ -209,12 +209,11 @@ impl Ops for DeviceMemory {
     fn migrate_to_ram(map: &PageMap<Self>, fault: Fault<'_, Self>) -> FaultOutcome {
         let unit = map.data().identity.unit;
         let ((addr, _), order) = (fault.place(), fault.order());
-        let owner = fault
-            .index(map)
-            .map_or(0, |index| map.data().alloc.usage().owner(index));
+        let index = fault.index(map);
+        let owner = index.map_or(0, |index| map.data().alloc.usage().owner(index));
         let counters = &map.data().counters;
         counters.add(owner, |it| &it.cpu_faults, 1);
-        let outcome = bring_back(map, fault, owner);
+        let outcome = bring_back(map, fault, index, owner);
         if matches!(outcome, FaultOutcome::NoMemory | FaultOutcome::Lost) {
             counters.add(owner, |it| &it.cpu_fault_failures, 1);
         }
@@ -286,18 +285,19 @@ impl Ops for DeviceMemory {
 fn bring_back(
     map: &PageMap<DeviceMemory>,
     fault: Fault<'_, DeviceMemory>,
+    index: Option<usize>,
     owner: i16,
 ) -> FaultOutcome {
     let memory = map.data();
     // First: what cannot move had better not be collected, which unmaps it everywhere.
-    let user = |fault: &Fault<'_, DeviceMemory>| memory.user_of(fault.index(map)?);
-    if let Some(execution) = user(&fault) {
+    let user = || memory.user_of(index?);
+    if let Some(execution) = user() {
         return wait_for(map, fault, &execution, owner);
     }
     if fault.order() == 0 {
         let outcome = fault_back_small(map, &fault, owner);
         // One that has begun meanwhile.
-        return match user(&fault) {
+        return match user() {
             Some(execution) if outcome == FaultOutcome::Retry => {
                 wait_for(map, fault, &execution, owner)
             }
@@ -318,7 +318,7 @@ fn bring_back(
             }
             Err(_) => memory.counters.add(owner, |it| &it.large_failures, 1),
         }
-        if let Some(index) = fault.index(map) {
+        if let Some(index) = index {
             memory.splitter.split_later(fault.mm(), index);
         }
     }

@@ -24,6 +24,7 @@ use crate::{
     sys::{mapping::Written, trace},
     usage::Taker,
 };
+use core::ops::ControlFlow;
 use kernel::{
     mm::{virt::flags, MmWithUser},
     prelude::*,
@@ -109,29 +110,32 @@ pub(crate) fn move_to_system(
     lost: &mut [usize],
     mut spare: Option<SystemFolio>,
 ) -> Outcome {
-    let first = (0..collected.pages()).find_map(|i| match collected.source(i)? {
-        Source::Device { map, index, .. } if core::ptr::eq(map.data(), memory) => {
-            Some(memory.alloc.usage().owner(index))
-        }
-        _ => None,
-    });
-    let mut phases = Phases::new(memory, &collected, cause.traced(), first.unwrap_or(0));
+    // Whose the first page is that is on this device: it is counted as theirs.
+    let mut first = None;
+    let mut phases = Phases::new(memory, &collected, cause.traced());
     let mut outcome = Outcome::default();
     let effort = match cause {
         Cause::Fault => Effort::PageFault,
         Cause::Request | Cause::Pressure => Effort::MayFail,
         Cause::Evict => Effort::Hard,
     };
-    for i in 0..collected.pages() {
-        let Some(Source::Device { map, index, order }) = collected.source(i) else {
-            continue;
+    collected.fill(|i, source, _| {
+        let Source::Device { map, index, order } = source else {
+            return ControlFlow::Continue(None);
         };
+        let here = memory;
         let memory = map.data();
-        let owner = memory.alloc.usage().owner(index);
+        if first.is_none() && core::ptr::eq(memory, here) {
+            first = Some(memory.alloc.usage().owner(index));
+        }
         // Now that its entries are gone: an execution that has begun before may use them still.
         if memory.user_of(index).is_some() {
-            continue;
+            return ControlFlow::Continue(None);
         }
+        let count = |which: fn(&Counters) -> &Counter| {
+            let owner = memory.alloc.usage().owner(index);
+            memory.counters.add(owner, which, 1);
+        };
         let folio = match spare.take_if(|spare| spare.order() == order) {
             Some(folio) => Ok(folio),
             None => new_folio(order, effort),
@@ -139,8 +143,8 @@ pub(crate) fn move_to_system(
         let folio = match folio {
             // It stays where it is.
             Ok(_) if Step::Copy.pass().is_err() => {
-                memory.counters.add(owner, |it| &it.copy_failures, 1);
-                continue;
+                count(|it| &it.copy_failures);
+                return ControlFlow::Continue(None);
             }
             folio => folio.and_then(|folio| memory.vram.read_folio(index * PAGE_BYTES, folio)),
         };
@@ -148,40 +152,49 @@ pub(crate) fn move_to_system(
             // What the bus answers for a device that is gone is nobody's data.
             Ok(_) if cause != Cause::Evict && !memory.vram.was_there(index * PAGE_BYTES) => {
                 outcome.lost = true;
+                ControlFlow::Continue(None)
             }
-            Ok(folio) => collected.set(i, folio),
+            Ok(folio) => ControlFlow::Continue(Some(folio)),
             Err(_) if order > 0 => {
-                memory.counters.add(owner, |it| &it.large_failures, 1);
+                count(|it| &it.large_failures);
                 outcome.stuck += 1;
+                ControlFlow::Continue(None)
             }
             Err(_) => {
-                memory.counters.add(owner, |it| &it.system_failures, 1);
+                count(|it| &it.system_failures);
                 outcome.without_memory = Some(i);
-                break;
+                ControlFlow::Break(())
             }
         }
-    }
+    });
     let reach = outcome.without_memory.unwrap_or(collected.pages());
     phases.migration.copy_ns = phases.lap();
     let moved = collected.commit(Written::wait());
     phases.migration.pages_ns = phases.lap();
-    for i in 0..reach {
-        // A page's device counts it, whichever device's client asked.
-        if let Some(Source::Device { map, index, order }) = moved.moved(i) {
-            let counters = &map.data().counters;
-            let owner = map.data().alloc.usage().owner(index);
-            let which: fn(&Counters) -> &Counter = match cause {
-                Cause::Request => |it| &it.to_system,
-                Cause::Fault => |it| &it.fault_back,
-                Cause::Pressure => |it| &it.pressure,
-                Cause::Evict => |it| &it.evicted,
-            };
-            counters.add(owner, which, 1 << order);
-            if order > 0 {
-                counters.add(owner, |it| &it.large_to_system, 1);
+    let which: fn(&Counters) -> &Counter = match cause {
+        Cause::Request => |it| &it.to_system,
+        Cause::Fault => |it| &it.fault_back,
+        Cause::Pressure => |it| &it.pressure,
+        Cause::Evict => |it| &it.evicted,
+    };
+    // A page's device counts it, whichever device's client asked.
+    let mut run: Option<Run<'_>> = None;
+    moved.each_of_device(|map, index, order| {
+        let memory = map.data();
+        let owner = memory.alloc.usage().owner(index);
+        if !run.as_ref().is_some_and(|run| run.is_of(memory, owner)) {
+            if let Some(run) = run.replace(Run::new(memory, owner)) {
+                run.count(which);
             }
-            outcome.moved += 1 << order;
         }
+        if let Some(run) = &mut run {
+            run.pages += 1 << order;
+            run.large += usize::from(order > 0);
+        }
+        outcome.moved += 1 << order;
+    });
+    if let Some(run) = run {
+        run.count(which);
     }
     // After the copy: a device that is there now was there then.
     let is_gone = |i| match moved.moved(i)? {
@@ -194,8 +207,39 @@ pub(crate) fn move_to_system(
     } else {
         drop(moved);
     }
-    phases.finish(&outcome);
+    phases.finish(&outcome, first.unwrap_or(0));
     outcome
+}
+
+/// Pages that have come to system memory of one client's on one device: most follow on one another, and are counted together.
+struct Run<'a> {
+    memory: &'a DeviceMemory,
+    owner: i16,
+    pages: usize,
+    large: usize,
+}
+
+impl<'a> Run<'a> {
+    fn new(memory: &'a DeviceMemory, owner: i16) -> Self {
+        Self {
+            memory,
+            owner,
+            pages: 0,
+            large: 0,
+        }
+    }
+
+    fn is_of(&self, memory: &DeviceMemory, owner: i16) -> bool {
+        self.owner == owner && core::ptr::eq(self.memory, memory)
+    }
+
+    fn count(&self, which: fn(&Counters) -> &Counter) {
+        let counters = &self.memory.counters;
+        counters.add(self.owner, which, self.pages);
+        if self.large > 0 {
+            counters.add(self.owner, |it| &it.large_to_system, self.large);
+        }
+    }
 }
 
 /// Moves what a migration has collected (system memory, places never touched, and the VRAM of other
@@ -212,7 +256,7 @@ fn move_to_device(
     let memory = map.data();
     let client = taker.account();
     let count = |which: fn(&Counters) -> &Counter, n| memory.counters.add(client, which, n);
-    let mut phases = Phases::new(memory, &collected, cause, client);
+    let mut phases = Phases::new(memory, &collected, cause);
     let mut outcome = Outcome::default();
     // What the kernel has in folios of other sizes, it has split.
     let usage = memory.alloc.usage();
@@ -231,45 +275,37 @@ fn move_to_device(
         let may_come = is_own || taker.pool() == SHARED;
         !stays && may_come && [0, MAX_ORDER].contains(&source.order())
     };
-    let wanted = (0..collected.pages())
-        .filter_map(|i| Some((collected.source(i)?, collected.is_own(i))))
-        .filter(|(source, is_own)| may_move(source, *is_own) && source.order() == 0)
-        .count();
-    let room = room.get_mut(..wanted).unwrap_or_default();
-    let got = memory.take(taker, 0, room);
-    let mut taken = got;
-    let mut indices = room.iter().take(got);
-    for i in 0..collected.pages() {
-        let is_own = collected.is_own(i);
-        let source = collected.source(i).filter(|it| may_move(it, is_own));
-        let Some(source) = source else {
-            continue;
-        };
+    // Some of them may not move, but seldom: each is looked at once.
+    let room = room.get_mut(..collected.singles()).unwrap_or_default();
+    let mut taken = memory.take(taker, 0, room);
+    let mut indices = room.iter().take(taken);
+    collected.fill(|i, source, is_own| {
+        if !may_move(&source, is_own) {
+            return ControlFlow::Continue(None);
+        }
         let order = source.order();
         let mut large = [0];
         let index = if order == 0 {
             indices.next()
         } else if memory.take(taker, order, &mut large) == 1 {
+            taken += 1 << order;
             large.first()
         } else {
             count(|it| &it.large_failures, 1);
             outcome.stuck += 1;
-            continue;
+            return ControlFlow::Continue(None);
         };
-        if order > 0 {
-            taken += 1 << order;
-        }
         let Some(&index) = index else {
             count(|it| &it.vram_failures, 1);
             outcome.without_memory = Some(i);
-            break;
+            return ControlFlow::Break(());
         };
         // CAST: The index of a page fits in a word.
         let index = index as usize;
         let Ok(folio) = map.init_folio(index, order) else {
             // The device goes away: the caller will see that for itself.
             memory.give_back(index, order);
-            continue;
+            return ControlFlow::Continue(None);
         };
         let filled = Step::Copy.pass().and_then(|()| match &source {
             Source::System(from) => memory.vram.write_folio(folio, from),
@@ -281,43 +317,35 @@ fn move_to_device(
                 from.was_there(offset).then_some(filled).ok_or(EIO)
             }
         });
-        match filled {
-            Ok(filled) => collected.set(i, filled),
-            Err(_) => count(|it| &it.copy_failures, 1),
+        if filled.is_err() {
+            count(|it| &it.copy_failures, 1);
         }
-    }
-    let pages = outcome.without_memory.unwrap_or(collected.pages());
+        ControlFlow::Continue(filled.ok())
+    });
+    // CAST: The index of a page fits in a word.
+    indices.for_each(|&index| memory.give_back(index as usize, 0));
     phases.migration.copy_ns = phases.lap();
     let moved = collected.commit(Written::wait());
     phases.migration.pages_ns = phases.lap();
-    let (mut populated, mut large, mut from_other) = (0, 0, 0);
-    for source in (0..pages).filter_map(|i| moved.moved(i)) {
-        let pages = 1 << source.order();
-        outcome.moved += pages;
-        match &source {
-            Source::Hole { .. } => populated += pages,
-            Source::System(_) => (),
-            Source::Device { map, index, .. } => {
-                from_other += pages;
-                let (from, index) = (map.data(), *index);
-                let owner = from.alloc.usage().owner(index);
-                from.counters.add(owner, |it| &it.to_other, pages);
-            }
-        }
-        if source.order() > 0 {
-            large += 1;
-        }
-    }
+    let done = moved.count();
+    outcome.moved = done.pages;
+    let mut from_other = 0;
+    moved.each_of_device(|map, index, order| {
+        let from = map.data();
+        let owner = from.alloc.usage().owner(index);
+        from.counters.add(owner, |it| &it.to_other, 1 << order);
+        from_other += 1 << order;
+    });
     drop(moved);
-    phases.finish(&outcome);
+    phases.finish(&outcome, client);
     count(|it| &it.to_device, outcome.moved);
     count(|it| &it.unused, taken.saturating_sub(outcome.moved));
     if matches!(cause, trace::Cause::DeviceFault) {
         count(|it| &it.device_fault_pages, outcome.moved);
     }
-    count(|it| &it.populated, populated);
+    count(|it| &it.populated, done.populated);
     count(|it| &it.from_other, from_other);
-    count(|it| &it.large_to_device, large);
+    count(|it| &it.large_to_device, done.large);
     outcome
 }
 

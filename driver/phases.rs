@@ -4,20 +4,12 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{
-    counters::{Counter, Counters},
-    devmem::DeviceMemory,
-    hmm::migrate::Collected,
-    migration::Outcome,
-    sys::trace,
-};
+use crate::{devmem::DeviceMemory, hmm::migrate::Collected, migration::Outcome, sys::trace};
 use kernel::time::{Instant, Monotonic};
 
 /// What a migration takes, phase by phase, for the counters of a device and the trace.
 pub(crate) struct Phases<'a> {
     memory: &'a DeviceMemory,
-    /// Whose it is.
-    account: i16,
     last: Instant<Monotonic>,
     pub(crate) migration: trace::Migration,
 }
@@ -28,12 +20,10 @@ impl<'a> Phases<'a> {
         memory: &'a DeviceMemory,
         collected: &Collected<'_, DeviceMemory>,
         cause: trace::Cause,
-        account: i16,
     ) -> Self {
         // CAST: All widen.
         let mut this = Self {
             memory,
-            account,
             last: collected.began(),
             migration: trace::Migration {
                 unit: memory.identity.unit,
@@ -56,21 +46,21 @@ impl<'a> Phases<'a> {
         took.as_nanos() as u64
     }
 
-    /// It has come to an end.
-    pub(crate) fn finish(mut self, outcome: &Outcome) {
+    /// It has come to an end. `account` is whose it was.
+    pub(crate) fn finish(mut self, outcome: &Outcome, account: i16) {
         self.migration.finalize_ns = self.lap();
         // CAST: All widen.
         self.migration.moved = outcome.moved as u64;
         self.migration.stuck = outcome.stuck as u64;
         self.migration.no_memory = outcome.without_memory.is_some();
-        let (counters, migration) = (&self.memory.counters, &self.migration);
-        // CAST: A word.
-        let count =
-            |which: fn(&Counters) -> &Counter, ns| counters.add(self.account, which, ns as usize);
-        count(|it| &it.setup_ns, migration.setup_ns);
-        count(|it| &it.copy_ns, migration.copy_ns);
-        count(|it| &it.pages_ns, migration.pages_ns);
-        count(|it| &it.finalize_ns, migration.finalize_ns);
+        let migration = &self.migration;
+        self.memory.counters.add_all(account, |counters| {
+            // CAST: A word.
+            counters.setup_ns.add(migration.setup_ns as usize);
+            counters.copy_ns.add(migration.copy_ns as usize);
+            counters.pages_ns.add(migration.pages_ns as usize);
+            counters.finalize_ns.add(migration.finalize_ns as usize);
+        });
         trace::migrate(migration);
     }
 }

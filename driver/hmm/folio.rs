@@ -88,12 +88,6 @@ impl LockedFolio {
         // SAFETY: The folio is valid by the type invariants.
         unsafe { bindings::hmm_gpu_folio_pfn(this.folio.as_ptr()) }
     }
-
-    /// log2 of the number of pages.
-    pub(super) fn order(&self) -> u32 {
-        // SAFETY: The folio is valid by the type invariants.
-        unsafe { bindings::hmm_gpu_folio_order(self.folio.as_ptr()) }
-    }
 }
 
 impl Drop for LockedFolio {
@@ -127,7 +121,10 @@ pub(crate) enum Effort {
 ///
 /// The folio is of system memory with a direct mapping, and nothing maps it or knows it but this
 /// value.
-pub(crate) struct SystemFolio(LockedFolio);
+pub(crate) struct SystemFolio {
+    folio: LockedFolio,
+    order: u32,
+}
 
 impl SystemFolio {
     /// Allocates `1 << order` pages (`folio_alloc`), which may sleep and reclaim.
@@ -142,34 +139,28 @@ impl SystemFolio {
         // SAFETY: Always fine to call where sleeping is.
         let folio = unsafe { bindings::hmm_gpu_folio_alloc(order, effort) };
         let folio = NonNull::new(folio).ok_or(ENOMEM)?;
-        // SAFETY: The folio is ours alone, so locking it waits for nobody for long; the reference
-        // is the one it was made with.
-        let locked = unsafe {
-            bindings::hmm_gpu_folio_lock(folio.as_ptr());
-            LockedFolio::from_raw(folio)
-        };
+        // SAFETY: It was made locked, and with a reference; both are ours.
+        let folio = unsafe { LockedFolio::from_raw(folio) };
         // INVARIANT: x86-64 maps all system memory directly; the folio was just made.
-        Ok(Self(locked))
+        Ok(Self { folio, order })
     }
 
     /// Where the CPU reaches the folio's bytes: `4096 << order` of them, all this value's own.
     pub(crate) fn as_mut_ptr(&mut self) -> NonNull<u8> {
         // SAFETY: The folio is valid and directly mapped by the type invariants.
-        let address = unsafe {
-            bindings::hmm_gpu_pfn_address(bindings::hmm_gpu_folio_pfn(self.0.folio.as_ptr()))
-        };
+        let address = unsafe { bindings::hmm_gpu_folio_address(self.folio.folio.as_ptr()) };
         // SAFETY: The direct mapping of a valid page is not at address zero.
         unsafe { NonNull::new_unchecked(address.cast()) }
     }
 
     /// Bytes that the folio has.
     pub(crate) fn len(&self) -> usize {
-        super::PAGE_BYTES << self.order()
+        super::PAGE_BYTES << self.order
     }
 
     /// log2 of the number of pages.
     pub(crate) fn order(&self) -> u32 {
-        self.0.order()
+        self.order
     }
 }
 
@@ -178,17 +169,19 @@ impl SystemFolio {
 pub(crate) struct DeviceFolio<'a, T: Ops> {
     folio: LockedFolio,
     index: usize,
+    order: u32,
     map: PhantomData<&'a PageMap<T>>,
 }
 
 impl<'a, T: Ops> DeviceFolio<'a, T> {
     /// # Safety
     ///
-    /// `folio` was just initialised by `zone_device_folio_init` as page `index` of `map` and
-    /// belongs to the caller.
+    /// `folio` was just initialised by `zone_device_folio_init` as the `1 << order` pages from `index` of
+    /// `map` on, and belongs to the caller.
     pub(super) unsafe fn from_init(
         _map: &'a PageMap<T>,
         index: usize,
+        order: u32,
         folio: NonNull<bindings::folio>,
     ) -> Self {
         // SAFETY: `zone_device_folio_init` leaves the folio locked, with one reference, which are
@@ -197,6 +190,7 @@ impl<'a, T: Ops> DeviceFolio<'a, T> {
         Self {
             folio,
             index,
+            order,
             map: PhantomData,
         }
     }
@@ -208,32 +202,42 @@ impl<'a, T: Ops> DeviceFolio<'a, T> {
 
     /// Bytes that the folio has.
     pub(crate) fn len(&self) -> usize {
-        super::PAGE_BYTES << self.folio.order()
+        super::PAGE_BYTES << self.order
     }
 }
 
 /// A folio all of whose bytes have been written: what a page can move into.
 ///
 /// What an unwritten folio holds is somebody else's, and would reach the process.
-pub(crate) struct Filled(LockedFolio);
+pub(crate) struct Filled {
+    folio: LockedFolio,
+    order: u32,
+}
 
 impl Filled {
     /// # Safety
     ///
     /// All bytes of the folio have been written.
     pub(crate) unsafe fn system(folio: SystemFolio) -> Self {
-        Self(folio.0)
+        let SystemFolio { folio, order } = folio;
+        Self { folio, order }
     }
 
     /// # Safety
     ///
     /// All bytes of the VRAM behind the folio have been written.
     pub(crate) unsafe fn device<T: Ops>(folio: DeviceFolio<'_, T>) -> Self {
-        Self(folio.folio)
+        let DeviceFolio { folio, order, .. } = folio;
+        Self { folio, order }
+    }
+
+    /// log2 of the number of pages.
+    pub(super) fn order(&self) -> u32 {
+        self.order
     }
 
     pub(super) fn into_locked(self) -> LockedFolio {
-        self.0
+        self.folio
     }
 }
 

@@ -20,7 +20,12 @@ use crate::{
     },
     sys::{bindings, mapping::Written},
 };
-use core::{marker::PhantomData, mem::ManuallyDrop, ops::Range};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop,
+    ops::{ControlFlow, Range},
+    ptr::NonNull,
+};
 use kernel::{
     error::to_result,
     mm::{virt::VmaRef, Mm},
@@ -129,7 +134,7 @@ struct State<'a, T: Ops> {
 }
 
 impl<T: Ops> State<'_, T> {
-    /// What entry `i` names, if it may move or has moved.
+    /// What entry `i` names, if it may move or has moved. A large folio is found at its first page, and nothing at its others.
     fn source(&self, i: usize) -> Option<Source<'_, T>> {
         let entry = *self.entries.src.get(..self.pages)?.get(i)?;
         if entry & MIGRATE == 0 {
@@ -403,41 +408,41 @@ impl<'a, T: Ops> Collected<'a, T> {
         self.state.began
     }
 
-    /// What is at page `i` of the migration, if it may move.
-    ///
-    /// A large folio is found at its first page, and `None` at its others.
-    pub(crate) fn source(&self, i: usize) -> Option<Source<'_, T>> {
-        self.state.source(i)
+    /// How many pages may move that are not of a large folio, at most.
+    pub(crate) fn singles(&self) -> usize {
+        let entries = self.state.entries.src.iter().take(self.state.pages);
+        let single = |entry: &&usize| **entry & (MIGRATE | COMPOUND) == MIGRATE;
+        entries.filter(single).count()
     }
 
-    /// Whether what is at page `i` is the address space's own: nothing is there yet, or it was mapped writable, which a page that
-    /// others share copy-on-write never is.
-    pub(crate) fn is_own(&self, i: usize) -> bool {
-        let entry = self.state.entries.src.get(i).copied().unwrap_or(VALID);
-        pfn_of(entry).is_none() || entry & WRITE != 0
-    }
-
-    /// Has page `i`, and the rest of its folio, move into `folio`.
+    /// Has `fill` look at what is at each page that may move, in turn, until it breaks: and it moves, with the rest of its folio, into
+    /// what that gives. `fill` is told the page's number, and whether what is there is the address space's own: nothing is there yet,
+    /// or it was mapped writable, which a page that others share copy-on-write never is.
     ///
-    /// The folio is given back if nothing may move at `i`, if it has a destination already, or if
-    /// the sizes differ.
-    pub(crate) fn set(&mut self, i: usize, folio: Filled) {
-        let folio = folio.into_locked();
-        let order = folio.order();
-        if self.source(i).is_none_or(|source| source.order() != order) {
-            return;
-        }
-        if let Some(entry) = self
-            .state
-            .entries
-            .dst
-            .get_mut(i)
-            .filter(|entry| **entry == 0)
-        {
-            let compound = if order > 0 { COMPOUND } else { 0 };
-            // INVARIANT: The folio is given to the migration with its lock and its reference. Since
-            // there is a source at `i`, it is one of the migration's entries.
-            *entry = folio.into_pfn() << SHIFT | VALID | compound;
+    /// A folio of another size is given back. To be called once.
+    pub(crate) fn fill(
+        &mut self,
+        mut fill: impl FnMut(usize, Source<'_, T>, bool) -> ControlFlow<(), Option<Filled>>,
+    ) {
+        for i in 0..self.state.pages {
+            let Some(source) = self.state.source(i) else {
+                continue;
+            };
+            let order = source.order();
+            let entry = self.state.entries.src.get(i).copied().unwrap_or(VALID);
+            let is_own = pfn_of(entry).is_none() || entry & WRITE != 0;
+            let folio = match fill(i, source, is_own) {
+                ControlFlow::Continue(Some(folio)) if folio.order() == order => folio,
+                ControlFlow::Continue(_) => continue,
+                ControlFlow::Break(()) => return,
+            };
+            let place = self.state.entries.dst.get_mut(i);
+            if let Some(place) = place.filter(|place| **place == 0) {
+                let compound = if order > 0 { COMPOUND } else { 0 };
+                // INVARIANT: The folio is given to the migration with its lock and its reference. Since
+                // there is a source at `i`, it is one of the migration's entries.
+                *place = folio.into_locked().into_pfn() << SHIFT | VALID | compound;
+            }
         }
     }
 
@@ -449,10 +454,10 @@ impl<'a, T: Ops> Collected<'a, T> {
         // SAFETY: `this` is not used or dropped after this: its state moves to the value returned.
         let mut state = unsafe { core::ptr::read(&this.state) };
         state.pages();
-        let moved = Moved { state };
-        if moved.state.may_be_of_device() {
-            moved.mark();
-        }
+        let mut moved = Moved { state, last: None };
+        let last = moved.each_of_device(|map, index, _| map.set_moved(index));
+        // INVARIANT: It is that of one of the pages.
+        moved.last = last.map(NonNull::from);
         moved
     }
 }
@@ -474,8 +479,13 @@ impl<T: Ops> Drop for Collected<'_, T> {
 /// A migration whose pages are at their new places, and still locked.
 ///
 /// Dropping it maps them there and unlocks them.
+///
+/// # Invariants
+///
+/// `last` is the page map of a page among the sources: it waits for that page before it goes.
 pub(crate) struct Moved<'a, T: Ops> {
     state: State<'a, T>,
+    last: Option<NonNull<PageMap<T>>>,
 }
 
 impl<T: Ops> Moved<'_, T> {
@@ -490,28 +500,72 @@ impl<T: Ops> Moved<'_, T> {
         self.state.source(i)
     }
 
-    /// Tells the page maps of what has moved from a device.
-    fn mark(&self) {
-        let mut last: Option<&PageMap<T>> = None;
+    /// How much has moved, whatever it was.
+    pub(crate) fn count(&self) -> Count {
+        let mut count = Count::default();
+        let entries = &self.state.entries;
+        let each = entries.src.iter().zip(entries.dst.iter());
+        for (source, destination) in each.take(self.state.pages) {
+            if source & MIGRATE == 0 || destination & VALID == 0 {
+                continue;
+            }
+            // It is of the same size as its destination.
+            let is_large = destination & COMPOUND != 0;
+            let pages = 1 << if is_large { MAX_ORDER } else { 0 };
+            count.pages += pages;
+            count.large += usize::from(is_large);
+            if source & VALID == 0 {
+                count.populated += pages;
+            }
+        }
+        count
+    }
+
+    /// Has `visit` see what has moved from a device: its page map, the index of the first page, and the order. Returns the last page map.
+    pub(crate) fn each_of_device<'s>(
+        &'s self,
+        mut visit: impl FnMut(&'s PageMap<T>, usize, u32),
+    ) -> Option<&'s PageMap<T>> {
+        if !self.state.may_be_of_device() {
+            return None;
+        }
+        // SAFETY: By the type invariants, as long as `self`, which holds the pages.
+        let mut last: Option<&'s PageMap<T>> = self.last.map(|map| unsafe { map.as_ref() });
         let entries = &self.state.entries;
         let each = entries.src.iter().zip(entries.dst.iter());
         for (i, (source, destination)) in each.enumerate().take(self.state.pages) {
             if source & MIGRATE == 0 || destination & VALID == 0 {
                 continue;
             }
+            let order = match destination & COMPOUND {
+                0 => 0,
+                _ => MAX_ORDER,
+            };
             // Most are of one device, and what is known of that need not be asked again.
             let known = last.zip(pfn_of(*source));
             match known.and_then(|(map, pfn)| Some((map, map.index_of(pfn)?))) {
-                Some((map, index)) => map.set_moved(index),
+                Some((map, index)) => visit(map, index, order),
                 None => {
                     if let Some(Source::Device { map, index, .. }) = self.state.source(i) {
-                        map.set_moved(index);
+                        visit(map, index, order);
                         last = Some(map);
                     }
                 }
             }
         }
+        last
     }
+}
+
+/// How much a migration has moved.
+#[derive(Default)]
+pub(crate) struct Count {
+    /// Pages.
+    pub(crate) pages: usize,
+    /// Those of them that were nowhere before.
+    pub(crate) populated: usize,
+    /// Large folios.
+    pub(crate) large: usize,
 }
 
 impl<T: Ops> Moved<'_, T> {

@@ -123,7 +123,7 @@ pub(crate) const MAX_ORDER: u32 = ALIGN.ilog2() - PAGE_SHIFT;
 pub(crate) struct PageMap<T: Ops> {
     #[pin]
     raw: Opaque<bindings::dev_pagemap>,
-    first_pfn: Atomic<usize>,
+    first_pfn: usize,
     kind: Kind,
     closed: Atomic<bool>,
     paused: Atomic<bool>,
@@ -146,7 +146,12 @@ impl<T: Ops> PageMap<T> {
         folio_split: Some(Self::folio_split),
     };
 
-    fn new(pages: usize, kind: Kind, data: impl PinInit<T, Error>) -> Result<Pin<KBox<Self>>> {
+    fn new(
+        pfns: Range<usize>,
+        kind: Kind,
+        data: impl PinInit<T, Error>,
+    ) -> Result<Pin<KBox<Self>>> {
+        let pages = pfns.len();
         let mut state = KVVec::with_capacity(pages, GFP_KERNEL)?;
         for _ in 0..pages {
             state.push(Atomic::new(FREE), GFP_KERNEL)?;
@@ -156,7 +161,7 @@ impl<T: Ops> PageMap<T> {
             // has a reference yet.
             try_pin_init!(Self {
                 raw: Opaque::zeroed(),
-                first_pfn: Atomic::new(0),
+                first_pfn: pfns.start,
                 kind,
                 closed: Atomic::new(false),
                 paused: Atomic::new(false),
@@ -184,12 +189,12 @@ impl<T: Ops> PageMap<T> {
 
     /// The page frame number of the first page.
     pub(crate) fn first_pfn(&self) -> usize {
-        self.first_pfn.load(Relaxed)
+        self.first_pfn
     }
 
     /// Which page of this map `pfn` is.
     pub(crate) fn index_of(&self, pfn: usize) -> Option<usize> {
-        pfn.checked_sub(self.first_pfn())
+        pfn.checked_sub(self.first_pfn)
             .filter(|&index| index < self.pages())
     }
 
@@ -224,17 +229,13 @@ impl<T: Ops> PageMap<T> {
             self.set_free(index, order);
             return Err(error);
         }
-        // CAST: The page is the head of the folio to be made, and a head page is at its folio's
-        // address. What folio it was part of before does not matter.
+        let (first, raw) = (self.first_pfn() + index, self.raw.get());
         // SAFETY: The pages are this map's, and it is registered: `Registered` lends it, and
-        // unregisters it only after it has closed it and then found every page free.
-        let folio = unsafe { bindings::hmm_gpu_pfn_to_page(self.first_pfn() + index) }
-            .cast::<bindings::folio>();
-        // SAFETY: All the pages were free and are now ours alone, by the exchange above.
-        unsafe { bindings::hmm_gpu_zone_device_folio_init(folio, self.raw.get(), order) };
-        // SAFETY: Just initialised, and the pointer came from a reference into the memory map, so
-        // it is not null.
-        Ok(unsafe { DeviceFolio::from_init(self, index, NonNull::new_unchecked(folio)) })
+        // unregisters it only after it has closed it and then found every page free. All of them were
+        // free and are now ours alone, by the exchange above.
+        let folio = unsafe { bindings::hmm_gpu_zone_device_folio_init(first, raw, order) };
+        // SAFETY: Just initialised, and the pointer is into the memory map, so it is not null.
+        Ok(unsafe { DeviceFolio::from_init(self, index, order, NonNull::new_unchecked(folio)) })
     }
 
     fn set_free(&self, index: usize, order: u32) {
@@ -310,18 +311,15 @@ impl<T: Ops> PageMap<T> {
     unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
         // SAFETY: The folio is a device-private one of ours; its page map waits for it before it
         // goes.
-        let (map, pfn, order) = unsafe {
-            (
-                Self::from_raw(bindings::hmm_gpu_folio_pgmap(folio)),
-                bindings::hmm_gpu_folio_pfn(folio),
-                bindings::hmm_gpu_folio_order(folio),
-            )
+        let (map, place) = unsafe {
+            let place = bindings::hmm_gpu_place(folio);
+            (Self::from_raw(place.pgmap), place)
         };
-        let Some(index) = map.index_of(pfn) else {
+        let Some(index) = map.index_of(place.pfn) else {
             return;
         };
-        map.set_free(index, order);
-        T::folio_free(map, index, order);
+        map.set_free(index, place.order);
+        T::folio_free(map, index, place.order);
     }
 
     /// # Safety
@@ -343,14 +341,10 @@ impl<T: Ops> PageMap<T> {
             )
         };
         // SAFETY: As above.
-        let (pfn, order) = unsafe {
-            (
-                bindings::hmm_gpu_folio_pfn(folio),
-                bindings::hmm_gpu_folio_order(folio),
-            )
-        };
-        if let Some(state) = map.index_of(pfn).and_then(|index| map.state.get(index)) {
-            state.store(head(order), Release);
+        let place = unsafe { bindings::hmm_gpu_place(folio) };
+        let index = map.index_of(place.pfn);
+        if let Some(state) = index.and_then(|index| map.state.get(index)) {
+            state.store(head(place.order), Release);
         }
     }
 
@@ -437,7 +431,7 @@ impl<D: Parent, T: Ops> Registered<D, T> {
             );
             return Err(EINVAL);
         }
-        let map = PageMap::new(usize::try_from(bytes >> PAGE_SHIFT)?, kind, data)?;
+        let pages = usize::try_from(bytes >> PAGE_SHIFT)?;
         let (start, region) = match form {
             Form::Add => {
                 let region = request_free_region(dev, bytes)?;
@@ -449,7 +443,9 @@ impl<D: Parent, T: Ops> Registered<D, T> {
             }
         };
         // CAST: A page frame number fits in a word.
-        map.first_pfn.store((start >> PAGE_SHIFT) as usize, Relaxed);
+        let first = (start >> PAGE_SHIFT) as usize;
+        let map = PageMap::new(first..first + pages, kind, data)
+            .inspect_err(|_| release_region(dev, region))?;
         let raw = map.raw.get();
         // SAFETY: Nobody else knows `raw` yet.
         unsafe {

@@ -33,6 +33,11 @@ impl Seen {
         (self.0 & VALID != 0).then_some(self.0 & !FLAGS)
     }
 
+    /// All that is known of it but the page frame number.
+    pub(crate) fn flags(self) -> usize {
+        self.0 & FLAGS
+    }
+
     /// The same, with the page that is at `addr`: of a large folio of device-private memory, the kernel
     /// answers the pages from its first on, wherever in it the range begins
     /// (`hmm_vma_handle_absent_pmd`, 7.3). What is mapped as one is aligned to its size in both ways.

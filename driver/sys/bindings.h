@@ -35,7 +35,7 @@ unsigned int hmm_gpu_folio_order(const struct folio *folio);
 struct folio *hmm_gpu_page_folio(struct page *page);
 enum hmm_gpu_effort { HMM_GPU_PAGE_FAULT, HMM_GPU_MAY_FAIL, HMM_GPU_HARD };
 struct folio *hmm_gpu_folio_alloc(unsigned int order, enum hmm_gpu_effort effort);
-void hmm_gpu_folio_lock(struct folio *folio);
+void *hmm_gpu_folio_address(const struct folio *folio);
 void hmm_gpu_folio_unlock(struct folio *folio);
 void hmm_gpu_folio_put(struct folio *folio);
 struct hmm_gpu_source {
@@ -45,8 +45,14 @@ struct hmm_gpu_source {
 };
 struct hmm_gpu_source hmm_gpu_source(unsigned long pfn);
 struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio);
+struct hmm_gpu_place {
+	struct dev_pagemap *pgmap;
+	unsigned long pfn; /* of the first page */
+	u32 order;
+};
+struct hmm_gpu_place hmm_gpu_place(const struct folio *folio);
 void hmm_gpu_folio_inherit(struct folio *folio, const struct folio *from);
-void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order);
+struct folio *hmm_gpu_zone_device_folio_init(unsigned long pfn, struct dev_pagemap *pgmap, unsigned int order);
 void hmm_gpu_copy_page(void *to, const void *from);
 void hmm_gpu_clear_page(void *to);
 void hmm_gpu_wmb(void);

@@ -49,24 +49,34 @@ struct folio *hmm_gpu_page_folio(struct page *page)
 	return page_folio(page);
 }
 
-struct folio *hmm_gpu_folio_alloc(unsigned int order, enum hmm_gpu_effort effort)
+static gfp_t hmm_gpu_gfp(unsigned int order, enum hmm_gpu_effort effort)
 {
 	gfp_t page = GFP_HIGHUSER_MOVABLE | __GFP_NOWARN;
 	gfp_t large = GFP_TRANSHUGE | __GFP_NOWARN;
 
 	switch (effort) {
 	case HMM_GPU_PAGE_FAULT:
-		return folio_alloc(order ? GFP_TRANSHUGE_LIGHT : page, order);
+		return order ? GFP_TRANSHUGE_LIGHT : page;
 	case HMM_GPU_MAY_FAIL:
-		return folio_alloc(order ? large | __GFP_NORETRY : page | __GFP_RETRY_MAYFAIL, order);
+		return order ? large | __GFP_NORETRY : page | __GFP_RETRY_MAYFAIL;
 	default:
-		return folio_alloc((order ? large : page) | __GFP_RETRY_MAYFAIL, order);
+		return (order ? large : page) | __GFP_RETRY_MAYFAIL;
 	}
 }
 
-void hmm_gpu_folio_lock(struct folio *folio)
+/* A folio that is locked: nobody else knows it yet. */
+struct folio *hmm_gpu_folio_alloc(unsigned int order, enum hmm_gpu_effort effort)
 {
-	folio_lock(folio);
+	struct folio *folio = folio_alloc(hmm_gpu_gfp(order, effort), order);
+
+	if (folio)
+		__folio_set_locked(folio);
+	return folio;
+}
+
+void *hmm_gpu_folio_address(const struct folio *folio)
+{
+	return folio_address(folio);
 }
 
 void hmm_gpu_folio_unlock(struct folio *folio)
@@ -97,15 +107,28 @@ struct dev_pagemap *hmm_gpu_folio_pgmap(const struct folio *folio)
 	return folio->pgmap;
 }
 
+struct hmm_gpu_place hmm_gpu_place(const struct folio *folio)
+{
+	return (struct hmm_gpu_place) {
+		.pgmap = folio->pgmap,
+		.pfn = folio_pfn(folio),
+		.order = folio_order(folio),
+	};
+}
+
 void hmm_gpu_folio_inherit(struct folio *folio, const struct folio *from)
 {
 	folio->pgmap = from->pgmap;
 	folio->page.mapping = from->page.mapping;
 }
 
-void hmm_gpu_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap, unsigned int order)
+/* The page is the head of the folio to be made, and a head page is at its folio's address. What folio it was part of before does not matter. */
+struct folio *hmm_gpu_zone_device_folio_init(unsigned long pfn, struct dev_pagemap *pgmap, unsigned int order)
 {
+	struct folio *folio = (struct folio *)pfn_to_page(pfn);
+
 	zone_device_folio_init(folio, pgmap, order);
+	return folio;
 }
 
 void hmm_gpu_copy_page(void *to, const void *from)
