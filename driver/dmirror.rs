@@ -555,9 +555,7 @@ impl Call<'_> {
                 let lock = ReadLocked::new(self.mm)?;
                 let map = self.gate().enter()?;
                 self.seat.mirror.look(&lock, start, seen)?;
-                for (answer, seen) in answers.iter_mut().zip(seen.iter()) {
-                    *answer = protection(&map, *seen);
-                }
+                protections(&map, seen, answers);
             }
             writer.write_slice(answers)?;
             // CAST: Widens.
@@ -610,6 +608,22 @@ impl Call<'_> {
             }
         }
         Err(EBUSY)
+    }
+}
+
+/// What a snapshot says of pages, for a client of `map`.
+fn protections(map: &PageMap<DeviceMemory>, seen: &[Seen], answers: &mut [u8]) {
+    // Of the device's own pages, of which most are like the one before: what is said of one with which flags.
+    let mut known: Option<(usize, u8)> = None;
+    for (answer, seen) in answers.iter_mut().zip(seen.iter()) {
+        let is_local = seen.pfn().is_some_and(|pfn| map.index_of(pfn).is_some());
+        *answer = match known {
+            Some((flags, answer)) if is_local && flags == seen.flags() => answer,
+            _ => protection(map, *seen),
+        };
+        if is_local {
+            known = Some((seen.flags(), *answer));
+        }
     }
 }
 

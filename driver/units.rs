@@ -24,6 +24,9 @@ static SLOTS: [Slot; HMM_GPU_MAX_DEVICES as usize] = [const {
     }
 }; HMM_GPU_MAX_DEVICES as usize];
 
+/// So many slots, from the first on, may have had pages: the others are not looked at. Numbers are the lowest that are free, so these are few.
+static KNOWN: Atomic<usize> = Atomic::new(0);
+
 macro_rules! names {
     ($($n:literal)*) => { [$(kernel::c_str!(concat!("hmm_gpu", $n))),*] };
 }
@@ -71,6 +74,13 @@ impl Unit {
             let blocks = |pages: usize| (pages / BLOCK_PAGES) as u64;
             slot.pages
                 .store(blocks(first_pfn) << 32 | blocks(pages), Relaxed);
+            let mut known = KNOWN.load(Relaxed);
+            while known <= self.number {
+                known = match KNOWN.cmpxchg(known, self.number + 1, Full) {
+                    Ok(_) => break,
+                    Err(now) => now,
+                };
+            }
         }
     }
 }
@@ -88,7 +98,7 @@ impl Drop for Unit {
 pub(crate) fn of_pfn(pfn: usize) -> Option<usize> {
     // CAST: Widens.
     let block = (pfn / BLOCK_PAGES) as u64;
-    SLOTS.iter().position(|slot| {
+    SLOTS.iter().take(KNOWN.load(Relaxed)).position(|slot| {
         let pages = slot.pages.load(Relaxed);
         let first = pages >> 32;
         (first..first + (pages & u64::from(u32::MAX))).contains(&block)
