@@ -1,5 +1,6 @@
 //! The same work through the test interface of HMM (the kernel's `lib/test_hmm_uapi.h`), by turns on nodes of two drivers that speak
-//! it: how long a page takes to the device, back, and back because the CPU touches it, and what a look at it costs.
+//! it: how long a page takes to the device, back, and back because the CPU touches it, all pages in order or few far from each other, and
+//! what a look at it costs.
 //!
 //! `hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE[,OWN] [NAME=NODE[,OWN]]`. In each round every size and page size is
 //! done once on each node, in memory of its own, and the order of the nodes changes from round to round; only one of them is open at a
@@ -17,7 +18,7 @@
 
 use std::error::Error;
 use std::hint::black_box;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -41,15 +42,20 @@ const LARGEST: usize = 1 << 30;
 /// Rounds that count, if the command line does not say.
 const ROUNDS: usize = 9;
 /// What is timed.
-const OPERATIONS: [&str; 6] = [
+const OPERATIONS: [&str; 7] = [
     "to device",
     "read",
     "bare",
     "snapshot",
     "to system",
     "CPU touch",
+    "lone touch",
 ];
+/// Of so many bytes one page is touched alone, where pages are small; of huge ones, one in each.
+const LONE: usize = 16 * PAGE;
 
+/// A prime, larger than there are places: so each is come to once.
+const STEP: usize = 1_299_709;
 /// How often a turn is made at most.
 const TRIES: usize = 5;
 
@@ -220,14 +226,13 @@ fn turn_of(named: &Named, size: usize, pages: Pages) -> Result<Times, Box<dyn Er
 }
 
 fn turn(named: &Named, size: usize, pages: Pages) -> Result<Times, Box<dyn Error>> {
-    let own = named.own.as_ref().map(Device::open_path).transpose()?;
-    times(&Node::open(&named.node)?, own.as_ref(), size, pages)
+    times(&Node::open(&named.node)?, named.own.as_deref(), size, pages)
 }
 
 /// One turn: new memory goes to the device and back, twice, and once more by a call of the driver's own, if it has that.
 fn times(
     node: &Node,
-    own: Option<&Device>,
+    own: Option<&Path>,
     size: usize,
     pages: Pages,
 ) -> Result<Times, Box<dyn Error>> {
@@ -251,7 +256,9 @@ fn times(
     compare(&memory)?;
 
     let mut own_call = None;
-    if let Some(device) = own {
+    if let Some(path) = own {
+        // Not longer than that: each client's mirror is told of what becomes of memory.
+        let device = Device::open_path(path)?;
         let taken = time(size, || {
             match device.prefetch(memory.bytes(), Target::Device) {
                 Ok(moved) if moved.moved != size as u64 => Err(Errno::NOENT),
@@ -260,6 +267,7 @@ fn times(
             }
         })?;
         own_call = Some(taken);
+        drop(device);
         node.migrate_to_system(&memory)?;
         compare(&memory)?;
     }
@@ -277,7 +285,23 @@ fn times(
     if copy != memory.bytes() {
         return Err("what the driver read is not what is there".into());
     }
-    Ok([to_device, read, bare, snapshot, to_system, touch])
+
+    node.migrate_to_device(&memory, &mut copy)?;
+    let (apart, each) = match pages {
+        Pages::Small => (LONE, PAGE),
+        Pages::Huge => (HUGE_PAGE, HUGE_PAGE),
+    };
+    let places = size.div_ceil(apart);
+    let lone = time(places * each, || {
+        let bytes = memory.bytes();
+        for n in 0..places {
+            // In no order that could be followed; and not where 2 MiB begin, where what was touched in order before seems to go on.
+            black_box(bytes[n * STEP % places * apart + apart / 2]);
+        }
+        Ok(())
+    })?;
+    compare(&memory)?;
+    Ok([to_device, read, bare, snapshot, to_system, touch, lone])
 }
 
 /// A plain copy of as many bytes, from and to pages that are there. It goes to another place in a huge page than where it is from:
