@@ -6,6 +6,7 @@ use std::process::Command;
 
 use crate::common::driver::Driver;
 use crate::common::is_checking;
+use crate::common::kernels::settings;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tree/release");
 
@@ -14,9 +15,7 @@ const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tree/releas
 fn sample(name: &str, arguments: &[&str]) -> String {
     let output = Command::new(format!("{FOLDER}/{name}"))
         .args(arguments)
-        // Of those with Vulkan: the root is read-only, and to optimize takes an emulated processor longer than to run.
-        .env("MESA_SHADER_CACHE_DIR", "/tmp/mesa")
-        .env("GALLIVM_PERF", "nopt")
+        .envs(settings())
         .output()
         .unwrap_or_else(|error| panic!("{name}: {error}; run `make userlib`"));
     let text = String::from_utf8(output.stdout).unwrap();

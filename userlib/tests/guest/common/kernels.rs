@@ -8,11 +8,23 @@ use super::memory::Area;
 
 const MIB: usize = 1 << 20;
 
-/// Before Vulkan is there. The root is read-only: what lavapipe compiles is kept elsewhere, for the other tests. And it is not optimized:
-/// on an emulated processor that takes longer than all that runs here.
+/// Lavapipe's settings. The root is read-only: what it compiles is kept elsewhere, for the other tests and, by `bench/test`, for the next
+/// guest. And it is not optimized: on an emulated processor that takes longer than all that runs here.
+pub fn settings() -> [(&'static str, String); 3] {
+    let out = std::env::var("OUT").unwrap_or_else(|_| "/tmp".into());
+    [
+        ("MESA_SHADER_CACHE_DIR", format!("{out}/shaders")),
+        // So that those of two guests can be put together.
+        ("MESA_DISK_CACHE_MULTI_FILE", "1".into()),
+        ("GALLIVM_PERF", "nopt".into()),
+    ]
+}
+
+/// Before Vulkan is there.
 pub fn cache() {
-    std::env::set_var("MESA_SHADER_CACHE_DIR", "/tmp/mesa");
-    std::env::set_var("GALLIVM_PERF", "nopt");
+    for (name, value) in settings() {
+        std::env::set_var(name, value);
+    }
 }
 
 /// A context on a device, with a pool of so many MiB.
