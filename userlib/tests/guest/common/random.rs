@@ -1,6 +1,7 @@
 //! Numbers from a seed: the same in every run.
 
 /// Thoroughly mixes the bits of a number (splitmix64).
+#[inline]
 pub fn mix(number: u64) -> u64 {
     let x = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
