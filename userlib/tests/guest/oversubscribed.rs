@@ -112,41 +112,40 @@ fn four_processes_with_as_much_each() {
 /// Catches a request that evicts what it has just brought, and says it is there.
 #[test]
 fn a_request_does_not_evict_what_it_needs() {
-    let driver = Driver::load("soft=1 soft_mib=16");
+    let driver = Driver::load(little());
     let device = Device::open(0).unwrap();
-    let (old, area) = (
-        Area::filled(room(&device), 1),
-        Area::filled(room(&device), 2),
-    );
+    let room = room(&device);
+    let some = room / 4;
+    let (old, area) = (Area::filled(room, 1), Area::filled(room, 2));
     to_device(&device, *old);
     // It fits, if all else goes.
     to_device(&device, *area);
     assert_place(&device, *old, Place::System);
     // It fits, but for what is in the way of it, with a part there already, that was for longer than all else.
-    for first in [0, 1500, room(&device) - 1000] {
-        let part = old.part(first, 1000);
+    for first in [0, room / 3, room - some] {
+        let part = old.part(first, some);
         to_system(&device, *area);
         to_device(&device, part);
-        to_device(&device, area.part(0, room(&device) - 1000));
+        to_device(&device, area.part(0, room - some));
         let before = counters(&device);
         to_device(&device, *old);
         let work = counters(&device).pressure_pages - before.pressure_pages;
-        assert_eq!(work, (room(&device) - 1000) as u64);
+        assert_eq!(work, (room - some) as u64);
         to_system(&device, *old);
     }
     // It does not.
-    let both = Area::filled(room(&device) + 100, 3);
-    to_device(&device, both.part(0, 1000));
+    let both = Area::filled(room + 100, 3);
+    to_device(&device, both.part(0, some));
     let error = device
         .prefetch_range(both.addr, both.bytes(), Target::Device)
         .unwrap_err();
     let moved = error.moved().unwrap();
     assert_eq!(
         (moved.moved, moved.already),
-        (((room(&device) - 1000) * PAGE) as u64, 1000 * PAGE as u64)
+        (((room - some) * PAGE) as u64, (some * PAGE) as u64)
     );
     assert_eq!(refused::<()>(Err(error)), Errno::NOSPC);
-    assert_place(&device, both.part(0, room(&device)), Place::Device);
+    assert_place(&device, both.part(0, room), Place::Device);
     old.check(1);
     area.check(2);
     both.check(3);
@@ -254,7 +253,7 @@ fn a_greedy_client_leaves_the_others_their_share() {
 /// Catches an eviction that cannot do with what else a page may be: of both sides of a fork, discarded, protected.
 #[test]
 fn whatever_became_of_it_it_can_be_evicted() {
-    let driver = Driver::load("soft=1 soft_mib=32");
+    let driver = Driver::load("soft=1 soft_mib=16");
     let device = Device::open(0).unwrap();
     let (area, large) = (Area::filled(4 * HUGE, 1), huge::filled(2, 2));
     to_device(&device, *area);
