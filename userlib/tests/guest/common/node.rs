@@ -103,6 +103,8 @@ impl Fragments {
         const LEFT_MIB: usize = 120;
 
         fs::write("/proc/sys/vm/watermark_boost_factor", "0").unwrap();
+        // What a processor has freed it keeps for itself, which may be a hundred MiB, and is not free then for who looks.
+        fs::write("/proc/sys/vm/percpu_pagelist_high_fraction", "100000").unwrap();
         let all = reserve(100_000);
         reserve(all - BLOCKS);
         let area = Area::new(BLOCKS * HUGE);
