@@ -115,22 +115,24 @@ hmm-tests: driver ## the kernel's own HMM suite on the driver and on the C modul
 	@bench/hmm-tests/run
 
 .PHONY: bench
-bench: driver ## criterion benchmarks in the virtual GPU host: target/bench/index.html and summary.json (BENCH_QUICK=1: two minutes)
+bench: driver ## benchmarks in the virtual GPU host, with the C module beside: target/bench/index.html and summary.json
 	@bench/bench
 
+.PHONY: bench-quick
+bench-quick: driver ## little of each, in under five minutes
+	@BENCH_QUICK=1 bench/bench
+
 .PHONY: bench-host
-bench-host: ## the same on this host, where the driver is loaded (BENCH_ONLY='migration faults')
+bench-host: ## the same on this host, where the driver is loaded, without the C module (BENCH_ONLY='migration faults')
 	@bench/bench --host
 
 .PHONY: bench-compare
-bench-compare: driver userlib ## what the same calls cost on the driver and on that C module, by turns in one boot (some minutes)
-	@$(VM)/enter -- bench/hmm-tests/build
-	@$(VM)/run --timeout 1800 -- bench/compare/guest
+bench-compare: driver ## what the same calls cost on the driver and on that C module, by turns in one boot: target/bench-compare (some minutes)
+	@BENCH_OUT=target/bench-compare BENCH_ONLY=compare bench/bench
 
 .PHONY: bench-instructions
-bench-instructions: driver userlib ## the same in instructions, which are as many on any machine
-	@$(VM)/enter -- bench/hmm-tests/build
-	@$(VM)/run --icount --timeout 1800 -- bench/compare/guest --rounds 1 --size 512 --size 2048 --size 16384
+bench-instructions: driver ## the same in instructions, which are as many on any machine: target/bench-instructions
+	@BENCH_OUT=target/bench-instructions BENCH_ONLY=compare bench/bench --icount
 
 .PHONY: clean
 clean: ## remove what was built in this clone (the cache folder stays)

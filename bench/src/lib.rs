@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod comparison;
 pub mod crossover;
 pub mod page;
 pub mod plan;

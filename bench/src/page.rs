@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::comparison;
 use crate::crossover;
 use crate::plot::{self, escaped, lines, Axis, Line, Point, Scale};
 use crate::record::Measurement;
@@ -96,6 +97,15 @@ pub fn plots(summary: &Summary) -> Vec<(&'static str, String)> {
                 ratio("how many"),
                 ns(unit),
                 &by_case(summary, "scaling", along),
+            ),
+        ),
+        (
+            "compare",
+            lines(
+                "Beside the C module: how many times the cost",
+                BYTES,
+                ratio("C module / driver"),
+                &comparison::lines(summary),
             ),
         ),
         ("crossover", crossing(summary, Reuse::Least)),
@@ -247,6 +257,7 @@ pub fn page(summary: &Summary) -> String {
     for (_, svg) in plots(summary) {
         html.push_str(&svg);
     }
+    html.push_str(&comparison::html(summary));
     html.push_str(&crossover::html(summary));
     html.push_str(
         "<p>Lines are the middle of all turns, bars the middle half. <a href=\"criterion/report/index.html\">Criterion's report</a>, \

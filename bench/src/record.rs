@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::comparison::Comparison;
 use crate::spread::Spread;
 use crate::PAGE;
 
@@ -70,6 +71,8 @@ pub struct Found {
     pub measurements: Vec<Measurement>,
     /// What was not.
     pub left_out: Vec<LeftOut>,
+    /// What two drivers have done by turns.
+    pub comparisons: Vec<Comparison>,
 }
 
 /// A line of it.
@@ -77,6 +80,7 @@ pub struct Found {
 #[serde(untagged)]
 enum Line {
     Measured(Box<Measurement>),
+    Compared(Box<Comparison>),
     LeftOut(LeftOut),
 }
 
@@ -129,6 +133,11 @@ impl Records {
         self.write(measurement)
     }
 
+    /// Writes what two drivers have done by turns.
+    pub fn compare(&mut self, comparison: &Comparison) -> io::Result<()> {
+        self.write(comparison)
+    }
+
     /// Writes that something is not measured, and why.
     pub fn leave_out(&mut self, what: &LeftOut) -> io::Result<()> {
         self.write(what)
@@ -151,6 +160,7 @@ pub fn read(path: &Path) -> io::Result<Found> {
     for line in text.lines().filter(|line| !line.is_empty()) {
         match serde_json::from_str(line)? {
             Line::Measured(measured) => found.measurements.push(*measured),
+            Line::Compared(compared) => found.comparisons.push(*compared),
             Line::LeftOut(what) => found.left_out.push(what),
         }
     }
@@ -188,6 +198,9 @@ mod tests {
             why: "it is another device".to_owned(),
         };
         records.leave_out(&what).unwrap();
+        let what_two_did = ("to device", "4 KiB", 4096);
+        let compared = Comparison::of(what_two_did, vec![1.0], vec![2.0], vec![0.5]).unwrap();
+        records.compare(&compared).unwrap();
         records.add(&measured).unwrap();
         let found = read(&path).unwrap();
         std::fs::write(&path, "{\"workload\": 1}\n").unwrap();
@@ -197,5 +210,6 @@ mod tests {
         assert_eq!(found.measurements[1], measured);
         assert_eq!(found.measurements[0].at, None);
         assert_eq!(found.left_out, [what]);
+        assert_eq!(found.comparisons, [compared]);
     }
 }

@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::comparison::Comparison;
 use crate::record::{LeftOut, Measurement};
 use hmm_gpu::Strategy;
 
 /// The number of the schema that is written. `Documentation/benchmarks.md` describes it.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// The kernels that each strategy is measured with.
 pub const KERNELS: [&str; 4] = ["saxpy", "gather", "lists", "search"];
@@ -23,6 +24,9 @@ pub struct Summary {
     /// What was not measured.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOut>,
+    /// What was done on the driver and on the C module by turns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub comparisons: Vec<Comparison>,
 }
 
 /// Where measurements were taken.
@@ -85,7 +89,7 @@ impl Summary {
         if self.schema != SCHEMA {
             problems.push(format!("schema {} is not {SCHEMA}", self.schema));
         }
-        if self.measurements.is_empty() {
+        if self.measurements.is_empty() && self.comparisons.is_empty() {
             problems.push("nothing was measured".to_owned());
         }
         for measured in &self.measurements {
@@ -99,6 +103,7 @@ impl Summary {
             }
         }
         problems.extend(self.svm_problems());
+        problems.extend(self.comparisons.iter().filter_map(Comparison::problem));
         problems
     }
 
@@ -162,6 +167,7 @@ pub(crate) mod tests {
             place: Place::here("a device".to_owned()),
             measurements,
             left_out: Vec::new(),
+            comparisons: Vec::new(),
         }
     }
 

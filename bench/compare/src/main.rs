@@ -4,9 +4,9 @@
 //!
 //! `hmm-gpu-compare [--rounds N] [--size KIB]... [--instructions] NAME=NODE[,OWN] [NAME=NODE[,OWN]]`. In each round every size and page size is
 //! done once on each node, in memory of its own, and the order of the nodes changes from round to round; only one of them is open at a
-//! time. The first round does not count. Each number is the middle one of all rounds in ns per 4 KiB page, with the middle half of them behind it. A ratio is
-//! made in each round of the two times in it. Every byte is compared after every turn. A turn in which a page would not move is made
-//! again, and told of.
+//! time. The first round does not count. Each number is the middle one of all rounds in ns per 4 KiB page, with the middle half of them behind it. A ratio, of
+//! the first node to the second, which is ours, is made in each round of the two times in it; where the middle half of them has 1 in it, no more is said than that. Every byte is compared after
+//! every turn. A turn in which a page would not move is made again, and told of. Two nodes are a comparison, which goes to the file that `HMM_GPU_BENCH_RECORDS` names.
 //!
 //! That interface has what is on the device read back to the caller with each move to it. What a move takes without that (`bare`) is, of a driver
 //! that has a node of its own (`OWN`, hmm-gpu's), the same by that node's call; of another, what it took less what a call that only reads (`read`) does.
@@ -23,17 +23,18 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use hmm_gpu::{Device, Target};
+use hmm_gpu_bench::comparison::Comparison;
+use hmm_gpu_bench::record::Records;
+use hmm_gpu_bench::spread::Spread;
 use rustix::io::Errno;
 
 use crate::memory::{Memory, Pages, HUGE_PAGE, PAGE};
 use crate::node::{Node, KIND, LOCAL, MAPPED_HUGE};
-use crate::spread::Spread;
 
 #[allow(unsafe_code)]
 mod memory;
 #[allow(unsafe_code)]
 mod node;
-mod spread;
 
 /// Bytes of memory that are moved at once, if the command line does not say.
 const SIZES: [usize; 4] = [512 << 10, 2 << 20, 16 << 20, 64 << 20];
@@ -92,16 +93,17 @@ fn run() -> Result<(), Box<dyn Error>> {
         print!("{name:>24}");
     }
     if let [first, second] = nodes.as_slice() {
-        print!("{:>24}", format!("{} / {}", second.name, first.name));
+        print!("{:>24}", format!("{} / {}", first.name, second.name));
     }
     println!();
+    let mut records = Records::from_env()?;
     for size in sizes {
         for pages in [Pages::Small, Pages::Huge] {
             if pages == Pages::Huge && size % HUGE_PAGE != 0 {
                 continue;
             }
             let measured = measure(&nodes, rounds, size, pages)?;
-            print_rows(&nodes, size, pages, &measured);
+            tell(&nodes, size, pages, &measured, &mut records)?;
         }
     }
     Ok(())
@@ -346,32 +348,58 @@ fn pattern(n: u64) -> [u8; 8] {
     (n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_ne_bytes()
 }
 
-fn print_rows(nodes: &[Named], size: usize, pages: Pages, measured: &Measured) {
-    let size = if size < 1 << 20 {
-        format!("{} KiB", size >> 10)
-    } else {
-        format!("{} MiB", size >> 20)
-    };
+/// Prints a row for each operation, and records it.
+fn tell(
+    nodes: &[Named],
+    size: usize,
+    pages: Pages,
+    measured: &Measured,
+    records: &mut Records,
+) -> Result<(), Box<dyn Error>> {
     let pages = match pages {
         Pages::Small => "4 KiB",
         Pages::Huge => "2 MiB",
     };
     for (n, operation) in OPERATIONS.into_iter().enumerate() {
         let copy = match n {
-            0 => Spread::of(measured.copies.clone()).text(0),
+            0 => text(measured.copies.clone()),
             _ => String::new(),
         };
-        print!("{size:>8}  {pages:<7}{operation:<11}{copy:>18}");
-        let of = |node: usize| measured.times[node].iter().map(move |times| times[n]);
+        let said = hmm_gpu_bench::page::size(size as f64);
+        print!("{said:>8}  {pages:<7}{operation:<11}{copy:>18}");
+        let of = |node: usize| -> Vec<f64> {
+            let times = measured.times[node].iter();
+            times.map(move |times| times[n]).collect()
+        };
         for node in 0..nodes.len() {
-            print!("{:>24}", Spread::of(of(node).collect()).text(0));
+            print!("{:>24}", text(of(node)));
         }
-        if nodes.len() == 2 {
-            let ratios = of(1).zip(of(0)).map(|(second, first)| second / first);
-            print!("{:>24}", Spread::of(ratios.collect()).text(2));
+        let compared = (nodes.len() == 2)
+            .then(|| {
+                let what = (operation, pages, size);
+                Comparison::of(what, of(1), of(0), measured.copies.clone())
+            })
+            .flatten();
+        if let Some(compared) = compared {
+            let Spread {
+                low, median, high, ..
+            } = compared.ratio;
+            print!("{:>24}", format!("{median:.2} ({low:.2}-{high:.2})"));
+            if !compared.decides() {
+                print!("  too wide to conclude");
+            }
+            records.compare(&compared)?;
         }
         println!();
     }
+    Ok(())
+}
+
+/// The middle one, and between which two the middle half is.
+fn text(numbers: Vec<f64>) -> String {
+    Spread::of(numbers).map_or(String::new(), |it| {
+        format!("{:.0} ({:.0}-{:.0})", it.median, it.low, it.high)
+    })
 }
 
 #[cfg(test)]
