@@ -22,6 +22,16 @@ fn plain(value: f64) -> String {
     format!("{}", (value * 1000.0).round() / 1000.0)
 }
 
+/// A number in few letters: `67.1M`.
+fn short(value: f64) -> String {
+    match value {
+        value if value >= 1e9 => format!("{}G", (value / 1e8).round() / 10.0),
+        value if value >= 1e6 => format!("{}M", (value / 1e5).round() / 10.0),
+        value if value >= 1e4 => format!("{}k", (value / 1e2).round() / 10.0),
+        value => plain(value),
+    }
+}
+
 const BYTES: Axis = Axis {
     title: "bytes moved at once",
     scale: Scale::Log,
@@ -54,7 +64,7 @@ pub fn plots(summary: &Summary) -> Vec<(&'static str, String)> {
     let ns = |title| Axis {
         title,
         scale: Scale::Log,
-        label: plain,
+        label: short,
     };
     let ratio = |title| Axis {
         title,
@@ -182,7 +192,7 @@ fn crossing(summary: &Summary, reuse: Reuse) -> String {
                 "ns per dispatch"
             },
             scale: Scale::Log,
-            label: plain,
+            label: short,
         },
         &lines,
     )
@@ -219,7 +229,7 @@ fn latency(summary: &Summary) -> String {
             "ns"
         },
         scale: Scale::Log,
-        label: plain,
+        label: short,
     };
     lines(
         "Faults: how long one takes",
@@ -338,6 +348,10 @@ mod tests {
         assert_eq!(size(4096.0), "4 KiB");
         assert_eq!(size((64 << 20) as f64), "64 MiB");
         assert_eq!(size(100.0), "100 B");
+        assert_eq!(
+            [67_108_864.0, 32768.0, 512.0].map(short),
+            ["67.1M", "32.8k", "512"]
+        );
     }
 
     #[test]

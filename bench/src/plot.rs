@@ -2,10 +2,13 @@
 
 use std::fmt::Write;
 
-const WIDTH: f64 = 640.0;
+/// Where the plot ends on the right; behind it are the names of the lines.
+const END: f64 = 470.0;
 const HEIGHT: f64 = 360.0;
-/// Room for the labels: left, right, top, bottom.
-const MARGINS: (f64, f64, f64, f64) = (70.0, 170.0, 30.0, 50.0);
+/// Room for the labels: left, top, bottom.
+const MARGINS: (f64, f64, f64) = (70.0, 30.0, 50.0);
+/// What a letter of a name takes, at most.
+const LETTER: f64 = 6.4;
 /// Colours that can be told apart, also by who sees few.
 const COLOURS: [&str; 8] = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999",
@@ -89,7 +92,10 @@ impl Axis {
 
 /// A plot of lines. Points that an axis has no place for are left out; without any, it says so.
 pub fn lines(title: &str, x: Axis, y: Axis, lines: &[Line]) -> String {
-    let (left, right, top, bottom) = MARGINS;
+    let (left, top, bottom) = MARGINS;
+    let longest = lines.iter().map(|line| line.name.chars().count()).max();
+    let right = 30.0 + LETTER * longest.unwrap_or(0) as f64;
+    let (end, width) = (END, END + right.max(170.0));
     let fits =
         |axis: &Axis, value: f64| value.is_finite() && (axis.scale == Scale::Linear || value > 0.0);
     let points = |line: &Line| {
@@ -100,7 +106,7 @@ pub fn lines(title: &str, x: Axis, y: Axis, lines: &[Line]) -> String {
     };
     let all: Vec<_> = lines.iter().flat_map(points).collect();
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" \
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {HEIGHT}\" role=\"img\" \
          font-family=\"sans-serif\" font-size=\"11\">\n<title>{0}</title>\n\
          <text x=\"{left}\" y=\"18\" font-size=\"14\">{0}</text>\n",
         escaped(title)
@@ -129,9 +135,9 @@ pub fn lines(title: &str, x: Axis, y: Axis, lines: &[Line]) -> String {
         Scale::Linear => (y0, y1) = (y0.min(0.0), y1 * 1.05),
         Scale::Log => (y0, y1) = (y0 / 1.2, y1 * 1.2),
     }
-    let px = |value: f64| left + x.place(x0, x1, value) * (WIDTH - left - right);
+    let px = |value: f64| left + x.place(x0, x1, value) * (end - left);
     let py = |value: f64| HEIGHT - bottom - y.place(y0, y1, value) * (HEIGHT - top - bottom);
-    let (floor, end) = (HEIGHT - bottom, WIDTH - right);
+    let floor = HEIGHT - bottom;
     for mark in x.marks(x0, x1) {
         let _ = writeln!(
             svg,
@@ -163,13 +169,13 @@ pub fn lines(title: &str, x: Axis, y: Axis, lines: &[Line]) -> String {
         (top + floor) / 2.0,
         escaped(y.title)
     );
-    for (line, (n, colour)) in lines.iter().zip(
-        COLOURS
-            .iter()
-            .cycle()
-            .enumerate()
-            .map(|(n, c)| (n as f64, c)),
-    ) {
+    for (i, (line, colour)) in lines.iter().zip(COLOURS.iter().cycle()).enumerate() {
+        let n = i as f64;
+        // Colours that come again are of another kind of line.
+        let dashes = match i / COLOURS.len() {
+            0 => "",
+            _ => " stroke-dasharray=\"5 3\"",
+        };
         let points = points(line);
         let path: Vec<String> = points
             .iter()
@@ -177,7 +183,7 @@ pub fn lines(title: &str, x: Axis, y: Axis, lines: &[Line]) -> String {
             .collect();
         let _ = writeln!(
             svg,
-            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>",
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"{dashes}/>",
             path.join(" ")
         );
         for point in &points {
@@ -194,12 +200,13 @@ pub fn lines(title: &str, x: Axis, y: Axis, lines: &[Line]) -> String {
         }
         let _ = writeln!(
             svg,
-            "<rect x=\"{0}\" y=\"{1}\" width=\"10\" height=\"3\" fill=\"{colour}\"/><text x=\"{2}\" y=\"{3}\">{4}</text>",
-            end + 10.0,
-            top + 4.0 + n * 16.0,
+            "<line x1=\"{0}\" y1=\"{1}\" x2=\"{5}\" y2=\"{1}\" stroke=\"{colour}\" stroke-width=\"3\"{dashes}/><text x=\"{2}\" y=\"{3}\">{4}</text>",
+            end + 8.0,
+            top + 5.5 + n * 16.0,
             end + 24.0,
             top + 9.0 + n * 16.0,
-            escaped(&line.name)
+            escaped(&line.name),
+            end + 21.0
         );
     }
     svg.push_str("</svg>\n");
