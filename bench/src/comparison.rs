@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::{Deserialize, Serialize};
 
 use crate::page::size;
-use crate::plot::{escaped, Line};
+use crate::plot::{self, escaped, Line};
 use crate::spread::Spread;
 use crate::summary::Summary;
 
@@ -83,23 +83,13 @@ fn said(compared: &Comparison) -> String {
 
 /// A line for each operation with each page size: the ratio over the size.
 pub fn lines(summary: &Summary) -> Vec<Line> {
-    let mut lines: Vec<Line> = Vec::new();
-    for it in &summary.comparisons {
-        let name = format!("{}, {}", it.operation, it.pages);
+    plot::by_name(summary.comparisons.iter().map(|it| {
         let ratio = it.ratio;
-        let point = (it.bytes as f64, ratio.median, Some((ratio.low, ratio.high)));
-        match lines.iter_mut().find(|line| line.name == name) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line {
-                name,
-                points: vec![point],
-            }),
-        }
-    }
-    for line in &mut lines {
-        line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
-    }
-    lines
+        (
+            format!("{}, {}", it.operation, it.pages),
+            (it.bytes as f64, ratio.median, Some((ratio.low, ratio.high))),
+        )
+    }))
 }
 
 /// All of them as a table of a page.

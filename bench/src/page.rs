@@ -125,26 +125,9 @@ pub fn plots(summary: &Summary) -> Vec<(&'static str, String)> {
 
 /// A line for each case of a workload, with a point for each of its measurements.
 fn by_case(summary: &Summary, workload: &str, point: impl Fn(&Measurement) -> Point) -> Vec<Line> {
-    let mut lines: Vec<Line> = Vec::new();
-    for measured in summary
-        .measurements
-        .iter()
-        .filter(|m| m.workload == workload)
-    {
-        let name = format!("{}, {}", measured.case, measured.pages);
-        let point = point(measured);
-        match lines.iter_mut().find(|line| line.name == name) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line {
-                name,
-                points: vec![point],
-            }),
-        }
-    }
-    for line in &mut lines {
-        line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
-    }
-    lines
+    let measured = summary.measurements.iter();
+    let measured = measured.filter(|m| m.workload == workload);
+    plot::by_name(measured.map(|m| (format!("{}, {}", m.case, m.pages), point(m))))
 }
 
 /// Which of the numbers of uses that there are.
@@ -162,17 +145,11 @@ fn crossing(summary: &Summary, reuse: Reuse) -> String {
         Reuse::Least => all.min(),
         Reuse::Most => all.max(),
     };
-    let mut lines: Vec<Line> = Vec::new();
-    for (m, svm, share) in measured().filter(|(_, svm, _)| Some(svm.uses) == uses) {
+    let of_uses = measured().filter(|(_, svm, _)| Some(svm.uses) == uses);
+    let lines = plot::by_name(of_uses.map(|(m, svm, share)| {
         let point = (share, m.ns.median, Some((m.ns.low, m.ns.high)));
-        match lines.iter_mut().find(|line| line.name == svm.strategy) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line {
-                name: svm.strategy.clone(),
-                points: vec![point],
-            }),
-        }
-    }
+        (svm.strategy.clone(), point)
+    }));
     let title = match uses {
         None => "Strategy crossover: sparse gather".to_owned(),
         Some(1) => "Strategy crossover: sparse gather, data used once".to_owned(),

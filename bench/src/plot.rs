@@ -90,6 +90,24 @@ impl Axis {
     }
 }
 
+/// Lines of points that each have the name of their line: in the order in which the names come, each from left to right.
+pub fn by_name(points: impl Iterator<Item = (String, Point)>) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::new();
+    for (name, point) in points {
+        match lines.iter_mut().find(|line| line.name == name) {
+            Some(line) => line.points.push(point),
+            None => lines.push(Line {
+                name,
+                points: vec![point],
+            }),
+        }
+    }
+    for line in &mut lines {
+        line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    lines
+}
+
 /// A plot of lines. Points that an axis has no place for are left out; without any, it says so.
 pub fn lines(title: &str, x: Axis, y: Axis, lines: &[Line]) -> String {
     let (left, top, bottom) = MARGINS;
