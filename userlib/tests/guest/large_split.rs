@@ -12,7 +12,7 @@ use crate::common::huge::{self, assert_large, assert_small, Parts};
 use crate::common::kernel;
 use crate::common::memory::{Area, HUGE};
 use crate::common::mirror::{device_check, device_fill, mirrored};
-use crate::common::node::{Bound, Fragments};
+use crate::common::node::{self, Bound};
 use crate::common::random::Random;
 use crate::common::turmoil::turmoil;
 use crate::common::{assert_place, eventually, moved, patience, places, to_system};
@@ -29,7 +29,7 @@ fn assert_split(work: &Counters, folios: u64) {
 /// Catches a request that leaves large folios where they are because they cannot come whole, or splits them and loses a page.
 #[test]
 fn by_request_they_come_home_in_pages() {
-    let fragments = Fragments::new();
+    node::break_up();
     on_each_kind(|device| {
         let area = huge::resident(device, 4, 1);
         device_check(device, area.part(HUGE - 9, 18), 1);
@@ -45,14 +45,13 @@ fn by_request_they_come_home_in_pages() {
         device_check(device, area.part(HUGE - 9, 18), 1);
         area.check(1);
     });
-    drop(fragments);
 }
 
 /// Catches a touch that waits for ever for 2 MiB in one piece, or brings another page than the one that was touched; and a device
 /// that does not find the pages that stay.
 #[test]
 fn a_touch_has_them_split_and_brings_one_page() {
-    let fragments = Fragments::new();
+    node::break_up();
     on_each_kind(|device| {
         let area = huge::resident(device, 4, 11);
         let before = device.counters().unwrap();
@@ -118,14 +117,13 @@ fn a_touch_has_them_split_and_brings_one_page() {
         drop(bound);
         area.check(13);
     });
-    drop(fragments);
 }
 
 /// Catches a large folio that can be split for the one who moved it only: a child that never opened the device touches it, while the
 /// parent has its file open, or no longer.
 #[test]
 fn a_stranger_s_touch_has_them_split_for_both_sides() {
-    let fragments = Fragments::new();
+    node::break_up();
     on_each_kind(|device| {
         let path = device.path();
         for keeps_its_file in [true, false] {
@@ -161,13 +159,12 @@ fn a_stranger_s_touch_has_them_split_for_both_sides() {
             assert_split(&work, 4);
         }
     });
-    drop(fragments);
 }
 
 /// Catches a folio that is split under the feet of somebody who has only a part of it, or has it at other addresses.
 #[test]
 fn parts_of_them_come_home() {
-    let fragments = Fragments::new();
+    node::break_up();
     on_each_kind(|device| {
         for by_request in [false, true] {
             Parts::each(device, 1, |mut parts| {
@@ -183,14 +180,13 @@ fn parts_of_them_come_home() {
             });
         }
     });
-    drop(fragments);
 }
 
 /// Catches an unbind that never ends, or loses a byte, when VRAM is full of large folios and none of them can come home whole: a
 /// process's own, some that it shares with a child, another's that is stopped, and parts.
 #[test]
 fn an_unbind_with_vram_full_of_them_ends() {
-    let fragments = Fragments::new();
+    node::break_up();
     let (mut driver, device) = Driver::load_with("", IN_SLOT);
     let path = device.path();
     let own = huge::resident(&device, 8, 1);
@@ -220,7 +216,7 @@ fn an_unbind_with_vram_full_of_them_ends() {
     let description = device.describe().unwrap();
     assert_eq!(description.vram_free_bytes, 0, "{description}");
 
-    soon(fragments, || driver.unbind(IN_SLOT));
+    soon(|| driver.unbind(IN_SLOT));
     let huge = kernel::smaps(own.addr, "AnonHugePages");
     assert!(
         huge < own.bytes() as u64 >> 10,
@@ -239,10 +235,10 @@ fn an_unbind_with_vram_full_of_them_ends() {
     drop((own, shared, rest, room, device));
     driver.finish();
 
-    let fragments = Fragments::new();
+    node::break_up();
     let (mut driver, device) = Driver::load_with("add_resource=1", GPUS[0]);
     let mut parts = Parts::all(&device, 5);
-    soon(fragments, || driver.unbind(GPUS[0]));
+    soon(|| driver.unbind(GPUS[0]));
     parts.check();
     parts.fill(6);
     drop((parts, device));
@@ -251,7 +247,7 @@ fn an_unbind_with_vram_full_of_them_ends() {
 
 /// Does something with the node's memory only, which must be done soon. It is given more after a while, so that it ends.
 #[track_caller]
-fn soon(fragments: Fragments, work: impl FnOnce()) {
+fn soon(work: impl FnOnce()) {
     let limit = patience(Duration::from_secs(15));
     let start = Instant::now();
     let done = AtomicBool::new(false);
@@ -260,7 +256,9 @@ fn soon(fragments: Fragments, work: impl FnOnce()) {
             while !done.load(Ordering::Relaxed) && start.elapsed() < limit {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            drop(fragments);
+            if !done.load(Ordering::Relaxed) {
+                node::mend();
+            }
         });
         let bound = Bound::to_node();
         work();
@@ -276,7 +274,7 @@ fn soon(fragments: Fragments, work: impl FnOnce()) {
 /// one.
 #[test]
 fn the_module_goes_although_nobody_has_a_file_open() {
-    let fragments = Fragments::new();
+    node::break_up();
     let mut driver = Driver::load("soft=1 soft_mib=16");
     drop(driver.bind(GPUS[0]));
     let owner = |unit: u32| {
@@ -304,7 +302,7 @@ fn the_module_goes_although_nobody_has_a_file_open() {
         .each_ref()
         .map(|device| huge::resident(device, 2, 2));
     drop(devices);
-    soon(fragments, || driver.try_remove().unwrap());
+    soon(|| driver.try_remove().unwrap());
     areas.iter().for_each(|area| area.check(2));
     for mut owner in owners {
         owner.send(0);
@@ -317,7 +315,7 @@ fn the_module_goes_although_nobody_has_a_file_open() {
 /// unmap, protect, remap, fork and check them.
 #[test]
 fn everything_at_once_loses_nothing_while_they_are_split() {
-    let fragments = Fragments::new();
+    node::break_up();
     let (mut driver, device) = Driver::load_with("", GPUS[0]);
     let devices = [device, driver.bind(GPUS[1])];
     turmoil(&devices, Bound::to_node);
@@ -327,5 +325,4 @@ fn everything_at_once_loses_nothing_while_they_are_split() {
     assert!(one[0] + other[0] > 2 && one[1] + other[1] > 0, "{work:#?}");
     drop(devices);
     driver.finish();
-    drop(fragments);
 }

@@ -1,7 +1,5 @@
 //! Contexts on the driver, with lavapipe as the Vulkan device, and what runs in them.
 
-use std::process::Command;
-
 use hmm_gpu::{Device, DispatchStats, Strategy, SvmBuilder, SvmContext};
 
 use super::memory::Area;
@@ -41,27 +39,13 @@ pub fn builder(device: Device, mib: usize) -> SvmBuilder {
         .pool_bytes(mib * MIB)
 }
 
-/// A shader of these tests, `userlib/tests/guest/NAME.comp`, compiled and checked: the root of the guest has what that takes.
+/// A shader of these tests, `userlib/tests/guest/NAME.comp`. It was compiled and checked with the program: here that takes many seconds.
 #[track_caller]
 pub fn compiled(name: &str) -> Vec<u8> {
-    let userlib = env!("CARGO_MANIFEST_DIR");
-    let binary = format!("/tmp/{name}-{}.spv", std::process::id());
-    let run = |program: &str, arguments: &[&str]| {
-        let output = Command::new(program).args(arguments).output().unwrap();
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said);
-        assert!(output.status.success(), "{program}, {name}: {said}");
-    };
-    let source = format!("{userlib}/tests/guest/{name}.comp");
-    let include = format!("-I{userlib}/shaders");
-    let target = ["--target-env", "vulkan1.2"];
-    let to = ["--quiet", &include, "-o", &binary, &source];
-    run("glslangValidator", &[&target[..], &to].concat());
-    run(
-        "spirv-val",
-        &[&target[..], &["--scalar-block-layout", &binary]].concat(),
-    );
-    std::fs::read(binary).unwrap()
+    let binary = format!("target/test/shaders/{name}.spv");
+    std::fs::read(&binary).unwrap_or_else(|error| {
+        panic!("{binary}: {error}; `bench/test build-tests` makes it, and this is to run in the clone")
+    })
 }
 
 /// Two arrays with pages of their own.

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
 
 use super::kernel::{self, Entry};
 use super::memory::{last_errno, Area, HUGE};
@@ -88,15 +88,49 @@ impl Drop for Bound {
     }
 }
 
-/// The node's memory in pieces, until it is dropped: more than 200 MiB are free, and nowhere 2 MiB in one.
-pub struct Fragments {
+/// What has the node's memory in pieces.
+struct Fragments {
     pins: Ring,
     _area: Area,
 }
 
+/// To make it takes long: tests that come after one another share it.
+static FRAGMENTS: Mutex<Option<Fragments>> = Mutex::new(None);
+
+/// Has the node's memory be in pieces: more than 150 MiB are free, and nowhere 2 MiB in one. Until [`mend`], or the end of the program.
+#[track_caller]
+pub fn break_up() {
+    extern "C" fn at_exit() {
+        mend();
+    }
+    static ONCE: Once = Once::new();
+
+    // With what has become whole again in nobody's hands.
+    let in_pieces = || {
+        reserve(100_000);
+        (large_pieces(), free_mib())
+    };
+    let fragments = || FRAGMENTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_broken = |(large, free_mib): (usize, usize)| large == 0 && free_mib > 150;
+    if fragments().is_some() && is_broken(in_pieces()) {
+        return;
+    }
+    mend();
+    // SAFETY: the function is there until the end.
+    ONCE.call_once(|| assert_eq!(unsafe { libc::atexit(at_exit) }, 0));
+    *fragments() = Some(Fragments::new());
+    let found = in_pieces();
+    assert!(is_broken(found), "pieces of 2 MiB, and MiB that are free: {found:?}");
+}
+
+/// Gives the node's memory back, in the pieces that it is in by itself.
+pub fn mend() {
+    drop(FRAGMENTS.lock().unwrap_or_else(PoisonError::into_inner).take());
+}
+
 impl Fragments {
     #[track_caller]
-    pub fn new() -> Self {
+    fn new() -> Self {
         const BLOCKS: usize = 150;
         // The kernel keeps less than that for itself, and would rather kill. But it keeps more for a while when it had to break up
         // what is large, unless it is told not to.
@@ -139,10 +173,6 @@ impl Fragments {
             }
             given_back = i + 1;
         }
-        // What is whole.
-        reserve(100_000);
-        assert_eq!(large_pieces(), 0, "pieces of 2 MiB");
-        assert!(free_mib() > 150, "only {} MiB are free", free_mib());
         Self { pins, _area: area }
     }
 }
