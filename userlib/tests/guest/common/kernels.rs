@@ -44,7 +44,9 @@ pub fn builder(device: Device, mib: usize) -> SvmBuilder {
 pub fn compiled(name: &str) -> Vec<u8> {
     let binary = format!("target/test/shaders/{name}.spv");
     std::fs::read(&binary).unwrap_or_else(|error| {
-        panic!("{binary}: {error}; `bench/test build-tests` makes it, and this is to run in the clone")
+        panic!(
+            "{binary}: {error}; `bench/test build-tests` makes it, and this is to run in the clone"
+        )
     })
 }
 

@@ -120,12 +120,20 @@ pub fn break_up() {
     ONCE.call_once(|| assert_eq!(unsafe { libc::atexit(at_exit) }, 0));
     *fragments() = Some(Fragments::new());
     let found = in_pieces();
-    assert!(is_broken(found), "pieces of 2 MiB, and MiB that are free: {found:?}");
+    assert!(
+        is_broken(found),
+        "pieces of 2 MiB, and MiB that are free: {found:?}"
+    );
 }
 
 /// Gives the node's memory back, in the pieces that it is in by itself.
 pub fn mend() {
-    drop(FRAGMENTS.lock().unwrap_or_else(PoisonError::into_inner).take());
+    drop(
+        FRAGMENTS
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(),
+    );
 }
 
 impl Fragments {
